@@ -1,0 +1,378 @@
+"""Synthetic clips and questions for the quickstart and the tests: real mp4 files, exact answers.
+
+A clip shows two or three events on a dark, drifting texture. An event is one large bright object,
+visible exactly in [start, end); its colour and shape differ from those of the clip's other events.
+Three questions are asked of every clip, one per task. Everything is drawn uniformly and
+independently, so no question can be answered from its text: a model must look.
+
+    from data.synthetic import SyntheticSpec, write_dataset
+    train, evaluation = write_dataset("clips", SyntheticSpec(train_clips=600, eval_clips=300))
+
+Dimension legend: T frames, H rows, W columns, M spans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from data.records import LETTERS, Record, write_atomically, write_manifest
+
+SIDE = 112  # pixels; the model's processor halves it to 56
+FRAMES_PER_SECOND = 8
+STEP = 0.5  # seconds: every boundary lies on a frame that sampling at 2 fps takes
+MIN_EVENT, MAX_EVENT = 1.5, 6.0  # seconds
+MIN_GAP = 1.0  # seconds between two events
+OPTIONS = 4
+SHAPES = ("circle", "square", "triangle")
+COLORS = {  # RGB
+    "red": (235, 35, 35),
+    "green": (35, 190, 50),
+    "blue": (45, 70, 240),
+    "yellow": (240, 225, 40),
+    "purple": (205, 45, 215),
+    "cyan": (45, 215, 225),
+}
+# Changes whenever the same seed yields other clips or questions.
+GENERATOR_VERSION = 1
+_QUESTION = re.compile(
+    r"Which color appears (?P<mcqa>first|last)\?"
+    r"|When is the (?P<tvg>\w+ \w+) visible\?"
+    r"|Which color is the (?P<gqa>\w+), and when is it visible\?"
+)
+_SPEC_FILE = "dataset.json"
+_SPLITS = ("train", "eval")  # the split's index is part of the seed: no scene is in both
+
+
+class SyntheticError(ValueError):
+    """A spec that cannot be met, or a folder that holds another dataset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSpec:
+    """What a dataset holds; equal specs give equal scenes and questions.
+
+    Attributes:
+      train_clips, eval_clips: clips of the two splits; each has one question per task.
+      seed: the scenes of other seeds are other scenes.
+      seconds: shortest and longest clip, multiples of 0.5.
+      events: fewest and most events of a clip, at most 3 (the shapes of a clip differ).
+
+    Raises:
+      SyntheticError: the events do not fit in the shortest clip, or a number is out of range.
+    """
+
+    train_clips: int
+    eval_clips: int
+    seed: int = 0
+    seconds: tuple[float, float] = (8.0, 16.0)
+    events: tuple[int, int] = (2, 3)
+
+    def __post_init__(self) -> None:
+        if min(self.train_clips, self.eval_clips) < 1 or self.seed < 0:
+            raise SyntheticError(
+                f"found train_clips {self.train_clips}, eval_clips {self.eval_clips}, seed "
+                f"{self.seed}: each split needs at least one clip, and a seed is not negative"
+            )
+        if not 1 <= self.events[0] <= self.events[1] <= len(SHAPES):
+            raise SyntheticError(
+                f"events is {self.events}, expected (fewest, most) between 1 and {len(SHAPES)}"
+            )
+        if any(value % STEP for value in self.seconds) or self.seconds[0] > self.seconds[1]:
+            raise SyntheticError(
+                f"seconds is {self.seconds}, expected (shortest, longest) in multiples of {STEP}"
+            )
+        needed = self.events[1] * (MIN_EVENT + MIN_GAP) - MIN_GAP
+        if self.seconds[0] < needed:
+            raise SyntheticError(
+                f"seconds starts at {self.seconds[0]}, but {self.events[1]} events need {needed}: "
+                "lengthen the clips or ask for fewer events"
+            )
+
+
+class Event(NamedTuple):
+    """One object on screen in [start, end), seconds."""
+
+    start: float
+    end: float
+    color: str
+    shape: str
+
+
+class Scene(NamedTuple):
+    """All that a clip shows; the texture and the motion follow from the seed."""
+
+    seed: tuple[int, ...]
+    duration: float  # seconds
+    events: tuple[Event, ...]  # in time order
+
+
+def scene(
+    seed: tuple[int, ...],
+    seconds: tuple[float, float] = (8.0, 16.0),
+    events: tuple[int, int] = (2, 3),
+) -> Scene:
+    """Draws a scene, a pure function of its arguments.
+
+    Event lengths are uniform on multiples of 0.5 s among those that fit; the time that is left is
+    shared out uniformly, so that a constant answer scores little (`best_constant_span`).
+    """
+    rng = random.Random(f"scene {seed}")
+    steps = rng.randint(int(seconds[0] / STEP), int(seconds[1] / STEP))
+    count = rng.randint(*events)
+    room = steps - (count - 1) * int(MIN_GAP / STEP)
+    while True:
+        lengths = [rng.randint(int(MIN_EVENT / STEP), int(MAX_EVENT / STEP)) for _ in range(count)]
+        slack = room - sum(lengths)
+        if slack >= 0:
+            break
+    # `count` cuts among `slack + count` places: every way to share out the slack is equally likely.
+    cuts = sorted(rng.sample(range(slack + count), count))
+    colors = rng.sample(sorted(COLORS), count)
+    shapes = rng.sample(SHAPES, count)
+    drawn, before = [], 0
+    for i in range(count):
+        start = cuts[i] - i + before + i * int(MIN_GAP / STEP)
+        drawn.append(Event(start * STEP, (start + lengths[i]) * STEP, colors[i], shapes[i]))
+        before += lengths[i]
+    return Scene(seed, steps * STEP, tuple(drawn))
+
+
+def render(drawn: Scene) -> np.ndarray:
+    """The frames of a scene, uint8[T, H, W, 3] RGB at 8 frames per second."""
+    rng = np.random.default_rng(list(drawn.seed))
+    count = round(drawn.duration * FRAMES_PER_SECOND)
+    margin = 24
+    coarse = rng.integers(0, 60, (12, 12, 1)) + rng.integers(0, 16, (12, 12, 3))
+    large = (SIDE + 2 * margin, SIDE + 2 * margin)
+    texture = cv2.resize(coarse.astype(np.float32), large, interpolation=cv2.INTER_LINEAR)
+    texture = texture.astype(np.uint8)
+    noise = rng.integers(0, 16, (*large, 3), dtype=np.uint8)
+    offsets = rng.integers(0, 2 * margin, (count, 2))
+    background = _Drift(rng, margin - 1)
+    motions = [_Drift(rng, 7) for _ in drawn.events]
+    scales = rng.uniform(0.93, 1.03, len(drawn.events))
+    frames = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    for i in range(count):
+        seconds = i / FRAMES_PER_SECOND
+        x, y = (int(margin + offset) for offset in background(seconds))
+        frame = texture[y : y + SIDE, x : x + SIDE].copy()
+        for event, motion, scale in zip(drawn.events, motions, scales, strict=True):
+            if event.start <= seconds < event.end:
+                _draw(frame, event, motion(seconds), scale)
+        y, x = offsets[i]
+        frames[i] = cv2.add(frame, noise[y : y + SIDE, x : x + SIDE])
+    return frames
+
+
+class _Drift:
+    """A slow closed curve: offset (x, y) in pixels, at most `reach` from zero, at a time."""
+
+    def __init__(self, rng: np.random.Generator, reach: float):
+        self.reach = reach
+        self.period = rng.uniform(5.0, 9.0, 2)  # seconds
+        self.phase = rng.uniform(0.0, 2 * np.pi, 2)
+
+    def __call__(self, seconds: float) -> np.ndarray:
+        return self.reach * np.sin(2 * np.pi * seconds / self.period + self.phase)
+
+
+def _draw(frame: np.ndarray, event: Event, offset: np.ndarray, scale: float) -> None:
+    """Paints the event's object, a little under half of the frame's area."""
+    center = SIDE / 2 + offset
+    color = COLORS[event.color]
+    fraction = 4  # cv2 takes fixed-point coordinates; sixteenths of a pixel keep the motion smooth
+    if event.shape == "circle":
+        x, y = (center * 2**fraction).round().astype(int).tolist()
+        radius = round(0.39 * SIDE * scale * 2**fraction)
+        cv2.circle(frame, (x, y), radius, color, -1, cv2.LINE_AA, fraction)
+        return
+    if event.shape == "square":
+        corners = np.array([(-0.34, -0.34), (0.34, -0.34), (0.34, 0.34), (-0.34, 0.34)])
+    else:
+        corners = np.array([(0.0, -0.46), (0.49, 0.42), (-0.49, 0.42)])
+    points = (center + corners * SIDE * scale) * 2**fraction
+    cv2.fillConvexPoly(frame, points.round().astype(np.int32), color, cv2.LINE_AA, fraction)
+
+
+def questions(drawn: Scene, name: str, video: str) -> list[Record]:
+    """One question per task about a scene, a pure function of its arguments.
+
+    Args:
+      drawn: the scene.
+      name: the stem of the ids, for example "train-00012" gives "train-00012-mcqa".
+      video: the clip's path relative to the root.
+    """
+    rng = random.Random(f"questions {drawn.seed}")
+    place = rng.choice(("first", "last"))
+    first_or_last = drawn.events[0 if place == "first" else -1]
+    options, answer = _options(rng, drawn, first_or_last.color)
+    mcqa = Record(
+        id=f"{name}-mcqa",
+        video=video,
+        task="mcqa",
+        question=f"Which color appears {place}?",
+        options=options,
+        answer=answer,
+        spans=(),
+        duration=drawn.duration,
+        clip=None,
+    )
+    event = rng.choice(drawn.events)
+    tvg = dataclasses.replace(
+        mcqa,
+        id=f"{name}-tvg",
+        task="tvg",
+        question=f"When is the {event.color} {event.shape} visible?",
+        options=(),
+        answer=None,
+        spans=((event.start, event.end),),
+    )
+    event = rng.choice(drawn.events)
+    options, answer = _options(rng, drawn, event.color)
+    gqa = dataclasses.replace(
+        mcqa,
+        id=f"{name}-gqa",
+        task="gqa",
+        question=f"Which color is the {event.shape}, and when is it visible?",
+        options=options,
+        answer=answer,
+        spans=((event.start, event.end),),
+    )
+    return [mcqa, tvg, gqa]
+
+
+def _options(rng: random.Random, drawn: Scene, color: str) -> tuple[tuple[str, ...], str]:
+    """Four colours in random order, all of the scene's among them, and the letter of `color`."""
+    shown = [event.color for event in drawn.events]
+    absent = rng.sample(sorted(set(COLORS) - set(shown)), OPTIONS - len(shown))
+    options = rng.sample(shown + absent, OPTIONS)
+    return tuple(options), LETTERS[options.index(color)]
+
+
+def rationale(record: Record) -> str:
+    """One short sentence of reasoning for the supervised cold start, computed from the record.
+
+    The answer's word follows a blank in lower case, as in the options, so that it is the same
+    token in both places.
+
+    Raises:
+      SyntheticError: the record is not one of `questions`.
+    """
+    asked = _QUESTION.fullmatch(record.question)
+    if asked is None or asked.lastgroup != record.task:
+        raise SyntheticError(
+            f"record {record.id!r}: {record.question!r} is not a synthetic {record.task} question; "
+            "write the reasoning of other data yourself, or train without it"
+        )
+    if record.answer is None:
+        start, end = record.spans[0]
+        return f"{start:.1f} to {end:.1f}."
+    color = record.options[LETTERS.index(record.answer)]
+    if record.task == "mcqa":
+        return f"The {asked['mcqa']} color is {color}."
+    return f"The {asked['gqa']} is {color}."
+
+
+def write_dataset(
+    root: str | os.PathLike[str], spec: SyntheticSpec, threads: int = 2
+) -> tuple[Path, Path]:
+    """Writes root/{train,eval}/clip_00001.mp4 ... and root/{train,eval}.jsonl.
+
+    Files are renamed into place when complete and the manifests come last, so a finished dataset
+    of the same spec is reused, and an interrupted one is completed.
+
+    Returns:
+      The paths of the two manifests.
+
+    Raises:
+      SyntheticError: the folder holds a dataset of another spec, or a clip cannot be encoded.
+    """
+    root = Path(root)
+    manifests = [root / f"{split}.jsonl" for split in _SPLITS]
+    _claim(root, spec)
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for index, split in enumerate(_SPLITS):
+            (root / split).mkdir(exist_ok=True)
+            records: list[Record] = []
+            scenes, paths = [], []
+            for number in range(1, (spec.train_clips, spec.eval_clips)[index] + 1):
+                drawn = scene((spec.seed, index, number), spec.seconds, spec.events)
+                video = f"{split}/clip_{number:05d}.mp4"
+                records += questions(drawn, f"{split}-{number:05d}", video)
+                if not (root / video).is_file():
+                    scenes.append(drawn)
+                    paths.append(root / video)
+            list(pool.map(_write_clip, paths, scenes))
+            if not manifests[index].is_file():
+                write_manifest(manifests[index], records)
+    return manifests[0], manifests[1]
+
+
+def _claim(root: Path, spec: SyntheticSpec) -> None:
+    """Marks the folder as holding this spec; a folder that holds another is refused."""
+    content = json.dumps(dataclasses.asdict(spec) | {"version": GENERATOR_VERSION}, indent=1)
+    path = root / _SPEC_FILE
+    if path.is_file():
+        if path.read_text(encoding="utf-8") != content:
+            raise SyntheticError(
+                f"{path} describes another dataset than the one asked for ({spec}, version "
+                f"{GENERATOR_VERSION}): choose another folder, or delete {root}"
+            )
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def _write_clip(path: Path, drawn: Scene) -> None:
+    # Two processes may fill one folder at once.
+    partial = path.with_name(f"partial_{os.getpid()}_{path.name}")
+    fourcc = cv2.VideoWriter.fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(partial), fourcc, FRAMES_PER_SECOND, (SIDE, SIDE))
+    if not writer.isOpened():
+        raise SyntheticError(f"{partial} cannot be written: is the folder writable, the disk full?")
+    for frame in render(drawn):
+        writer.write(frame[:, :, ::-1])
+    writer.release()
+    partial.replace(path)
+
+
+def best_constant_span(
+    spans: Sequence[tuple[float, float]], step: float = STEP
+) -> tuple[float, float, float]:
+    """The one span that scores the highest mean IoU when it answers every question.
+
+    A model that learnt nothing from the video can score this much, so it is the baseline to beat.
+
+    Args:
+      spans: M pairs of start and end, seconds.
+      step: seconds between the tried boundaries.
+
+    Returns:
+      start, end (seconds) and the mean IoU, the best over a grid of all starts < ends.
+
+    Example: `best_constant_span([(0, 2), (0, 2), (5, 6)])` is `(0.0, 2.0, 2 / 3)`.
+    """
+    truth = np.asarray(spans, np.float64)  # [M, 2]
+    grid = np.arange(0.0, truth.max() + step, step)
+    best = (0.0, step, -1.0)
+    for start in grid[:-1]:
+        ends = grid[grid > start][:, None]
+        shared = np.minimum(ends, truth[:, 1]) - np.maximum(start, truth[:, 0])
+        shared = np.maximum(shared, 0.0)
+        union = (ends - start) + (truth[:, 1] - truth[:, 0]) - shared
+        means = (shared / union).mean(axis=1)
+        top = int(means.argmax())
+        if means[top] > best[2]:
+            best = (float(start), float(ends[top, 0]), float(means[top]))
+    return best

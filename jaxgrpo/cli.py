@@ -1,0 +1,142 @@
+"""The command line: `jaxgrpo {sft,train,eval,export}`.
+
+A command imports what it needs when it runs, so that `jaxgrpo --help` and a mistyped config key
+answer at once. A user's mistake (any `ValueError` subclass of our four packages, a missing file, the
+hub out of reach) is one line, `error: ...`, and exit code 2; `JAXGRPO_TRACEBACK=1` shows where it
+was raised. Everything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jaxgrpo
+from jaxgrpo import config, strict_yaml
+
+_PACKAGES = ("jaxgrpo", "models", "rewards", "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """The `key=value` options of `jaxgrpo export`."""
+
+    dtype: Literal["source", "bfloat16", "float32"] = "source"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code of the process."""
+    options = _parser().parse_args(arguments)
+    try:
+        check_packages()
+        _run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted; training goes on from its last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = user_mistake(error)
+        if message is None or os.environ.get("JAXGRPO_TRACEBACK") == "1":
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxgrpo", description="GRPO for video LLMs in JAX.")
+    parser.add_argument("--version", action="version", version=f"jaxgrpo {jaxgrpo.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in (
+        ("sft", "supervised fine-tuning: the cold start, or a baseline"),
+        ("train", "GRPO, the main job: evaluates, trains, evaluates again"),
+        ("eval", "greedy evaluation of a model directory or a run"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/*.yaml")
+        command.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="values that replace the file's, such as run_dir=runs/1 optim.learning_rate=2e-6",
+        )
+    summary = "write a Hugging Face directory for transformers and vLLM"
+    command = commands.add_parser("export", help=summary, description=summary)
+    command.add_argument("source", metavar="SOURCE", help="a run directory or a model directory")
+    command.add_argument("out", metavar="OUT", help="the directory to make")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="dtype=TYPE",
+        help="source (the default: each weight's own type), bfloat16 or float32",
+    )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "export":
+        raw: dict[str, Any] = {}
+        for assignment in options.overrides:
+            strict_yaml.override(raw, assignment)
+        chosen = strict_yaml.build(ExportOptions, raw, "jaxgrpo export")
+        from jaxgrpo import export
+
+        export.main(options.source, options.out, chosen.dtype)
+        return
+    settings = config.load(options.config, options.overrides)
+    if options.command == "sft":
+        from jaxgrpo import sft
+
+        sft.main(settings)
+    elif options.command == "train":
+        from jaxgrpo import train
+
+        train.main(settings)
+    else:
+        from jaxgrpo import evaluate
+
+        evaluate.main(settings)
+
+
+def check_packages() -> None:
+    """Makes sure that `import models`, `rewards` and `data` find the folders beside this one.
+
+    Raises:
+      ConfigError: one is missing, or a stray module of that name is found first.
+    """
+    root = Path(__file__).resolve().parent.parent
+    for name in _PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise config.ConfigError(
+                f"the package {name!r} is missing: jaxgrpo runs from its clone, so run "
+                "`pip install -e .` there, in an environment of its own"
+            )
+        places = spec.submodule_search_locations  # None for a module that is one file
+        found = Path(next(iter(places)) if places else str(spec.origin)).resolve()
+        if found != root / name:
+            raise config.ConfigError(
+                f"`import {name}` finds {found}, not {root / name}: rename or remove it, or start "
+                "jaxgrpo from another folder and in an environment of its own"
+            )
+
+
+def user_mistake(error: Exception) -> str | None:
+    """What to tell the user about `error`, or None if it is not a mistake of theirs."""
+    package = type(error).__module__.partition(".")[0]
+    if package == "huggingface_hub":
+        return f"{error}\nWithout the hub, give model.path as a local directory."
+    if isinstance(error, ValueError) and package in _PACKAGES:
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) if isinstance(error, FileNotFoundError) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,389 @@
+"""The run's configuration: one tree of frozen dataclasses, read from YAML and `key=value` overrides.
+
+The defaults are those of a Qwen2.5-VL-3B run as the paper's released script sets them, where it
+says; a config file holds only what differs. Reading is strict: an unknown key, a wrong type and a
+value out of range are `ConfigError`s that name the key, what was expected and what was found.
+
+A run may be resumed with another value of a key marked `resumable` (how long, how often, on what
+machine), never of one that decides what is learnt: see `check_resume`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from jaxgrpo import strict_yaml
+from jaxgrpo.strict_yaml import ConfigError
+
+_RESUMABLE = {"resumable": True}
+
+
+def _check(key: str, value: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} is {value!r}, expected {expected}")
+
+
+def _at_least(name: str, section: Any, **minimums: int) -> None:
+    for key, minimum in minimums.items():
+        value = section.__dict__[key]
+        _check(f"{name}.{key}", value, value >= minimum, f"{minimum} or more")
+
+
+def _above_zero(name: str, section: Any, *keys: str) -> None:
+    for key in keys:
+        value = section.__dict__[key]
+        _check(f"{name}.{key}", value, value > 0, "more than 0")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model, and how it is computed."""
+
+    path: str  # a Hugging Face directory or hub id
+    init: Literal["checkpoint", "random"] = "checkpoint"  # random: only the sizes are read
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # master weights are float32
+    remat: Literal["none", "layer"] = "layer"  # layer: activations are recomputed layer by layer
+    freeze_vision: bool = False
+    logit_chunk: int = 64  # completion positions whose logits exist at once in the update; 0: all
+
+    def __post_init__(self) -> None:
+        _check("model.path", self.path, bool(self.path), "a model directory or a hub id")
+        _at_least("model", self, logit_chunk=0)
+
+
+@dataclass(frozen=True)
+class SyntheticSection:
+    """Clips and questions made by `data/synthetic.py` instead of read from manifests."""
+
+    train_clips: int = 512
+    eval_clips: int = 128
+    seed: int = 0  # of the clips; the run's own seed is `seed`
+
+    def __post_init__(self) -> None:
+        _at_least("data.synthetic", self, train_clips=1, eval_clips=1, seed=0)
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Which questions about which videos, and what of a video the model sees."""
+
+    train: str = ""  # JSONL manifest; empty: none
+    eval: str = ""  # JSONL manifest; empty: none
+    root: str = field(
+        default=".", metadata=_RESUMABLE
+    )  # folder that the manifests' video paths start from
+    synthetic: SyntheticSection | None = None  # instead of manifests
+    fps: float = 2.0  # frames sampled per second of video
+    min_frames: int = 4
+    max_frames: int = 768
+    min_pixels: int = 4 * 28 * 28  # of one frame
+    max_pixels: int = 768 * 28 * 28  # of one frame
+    total_pixels: int = 2048 * 28 * 28  # of one video: 2,048 video tokens
+    thinking: bool = True  # ask for <think>...</think> before the answer
+    buckets: tuple[int, ...] = (1024, 2048, 4096)  # prompt tokens that prompts are padded to
+    threads: int = field(
+        default=4, metadata=_RESUMABLE
+    )  # that decode, in each worker process or in the main one
+    workers: int = field(
+        default=0, metadata=_RESUMABLE
+    )  # processes that decode; 0: threads of the main process
+    prefetch: int = field(default=2, metadata=_RESUMABLE)  # batches made ahead
+
+    def __post_init__(self) -> None:
+        if self.synthetic is not None and (self.train or self.eval):
+            manifest = "data.train" if self.train else "data.eval"
+            raise ConfigError(f"data.synthetic and {manifest} are both set: remove one of them")
+        _above_zero("data", self, "fps")
+        _at_least("data", self, min_frames=1, min_pixels=1, threads=1, workers=0, prefetch=1)
+        _at_least("data", self, max_frames=max(2, self.min_frames))
+        _at_least("data", self, max_pixels=self.min_pixels, total_pixels=self.min_pixels)
+        rising = all(a < b for a, b in pairwise((0, *self.buckets)))
+        _check(
+            "data.buckets",
+            list(self.buckets),
+            len(self.buckets) > 0 and rising,
+            "numbers of prompt tokens in rising order, for example [1024, 2048]",
+        )
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    """How completions are sampled."""
+
+    prompts: int = 16  # P, prompts in a step
+    group: int = 8  # G, completions per prompt
+    max_new_tokens: int = 512  # C; the paper allows 2,048
+    temperature: float = 1.0
+    top_p: float = 1.0  # 1: the whole distribution
+    top_k: int = 0  # 0: the whole distribution
+
+    def __post_init__(self) -> None:
+        _at_least("rollout", self, prompts=1, max_new_tokens=1, top_k=0)
+        _check(
+            "rollout.group",
+            self.group,
+            self.group >= 2,
+            "2 or more: a group of one has no advantage, it is compared with itself",
+        )
+        _check(
+            "rollout.temperature",
+            self.temperature,
+            self.temperature > 0,
+            "more than 0: equal completions teach nothing (evaluation is greedy by itself)",
+        )
+        _check("rollout.top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    """Weight of each component in the total reward; the paper scores 0.5 IoU + 0.5 format."""
+
+    format: float = 0.5
+    choice: float = 0.5
+    iou: float = 0.5
+
+    def __post_init__(self) -> None:
+        _at_least("reward", self, format=0, choice=0, iou=0)
+        weights = dataclasses.asdict(self)
+        _check("reward", weights, any(weights.values()), "at least one weight above 0")
+
+
+@dataclass(frozen=True)
+class GrpoSection:
+    """The loss (arXiv 2402.03300; clip-higher: DAPO, arXiv 2503.14476; Dr.GRPO: 2503.20783)."""
+
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+    kl: float = 0.01  # weight of the k3 estimate of the KL to the reference; 0: no reference
+    entropy: float = 0.001  # weight of the entropy bonus
+    aggregation: Literal["sequence", "token", "constant"] = "sequence"  # GRPO, DAPO, Dr.GRPO
+    divide_by_std: bool = True  # divide advantages by the group's deviation; Dr.GRPO does not
+
+    def __post_init__(self) -> None:
+        _check("grpo.clip_low", self.clip_low, 0 < self.clip_low <= 1, "more than 0 and at most 1")
+        _above_zero("grpo", self, "clip_high")
+        _at_least("grpo", self, kl=0, entropy=0)
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 1e-6  # the peak
+    warmup_steps: int = 0  # linear, from 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, to 0
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # of the gradient over all weights
+    accumulate: int = 1  # micro-batches per update
+
+    def __post_init__(self) -> None:
+        _above_zero("optim", self, "learning_rate", "eps", "clip_norm")
+        _at_least("optim", self, warmup_steps=0, weight_decay=0, accumulate=1)
+        _check("optim.b1", self.b1, 0 <= self.b1 < 1, "at least 0 and below 1")
+        _check("optim.b2", self.b2, 0 <= self.b2 < 1, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """`jaxgrpo train`."""
+
+    steps: int = field(
+        default=500, metadata=_RESUMABLE
+    )  # a decaying learning rate follows the new end
+    max_nonfinite_steps: int = field(
+        default=3, metadata=_RESUMABLE
+    )  # skipped in a row before the run stops
+
+    def __post_init__(self) -> None:
+        _at_least("train", self, steps=1, max_nonfinite_steps=1)
+
+
+@dataclass(frozen=True)
+class SftSection:
+    """`jaxgrpo sft`."""
+
+    steps: int = field(
+        default=500, metadata=_RESUMABLE
+    )  # a decaying learning rate follows the new end
+    batch: int = 16  # examples in a step
+
+    def __post_init__(self) -> None:
+        _at_least("sft", self, steps=1, batch=1)
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """Greedy evaluation, during training and as a command."""
+
+    every: int = 50  # steps; 0: only before the first step and after the last
+    batch: int = 16  # prompts in a batch
+    max_new_tokens: int | None = None  # null: as rollout.max_new_tokens
+    limit: int = 0  # items evaluated; 0: all
+
+    def __post_init__(self) -> None:
+        _at_least("eval", self, every=0, batch=1, limit=0)
+        if self.max_new_tokens is not None:
+            _at_least("eval", self, max_new_tokens=1)
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """When the run can be resumed from."""
+
+    every: int = 50  # steps; the last step is always saved
+    keep: int = 3  # newest checkpoints kept
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint", self, every=1, keep=1)
+
+
+@dataclass(frozen=True)
+class MeshSection:
+    """Devices along each mesh axis; their product is the number of devices."""
+
+    data: int = -1  # -1: the devices that the other axes leave
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least("mesh", self, fsdp=1, tensor=1)
+        _check("mesh.data", self.data, self.data == -1 or self.data >= 1, "-1 (the rest), or 1 up")
+
+
+@dataclass(frozen=True)
+class LogSection:
+    """What the run writes down."""
+
+    every: int = 1  # steps between lines of metrics.jsonl
+    samples: int = 4  # completions kept per logged step
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("log", self, every=1, samples=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    run_dir: str = field(metadata=_RESUMABLE)  # checkpoints, metrics, samples, curves
+    model: ModelSection
+    data: DataSection
+    seed: int = 0
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    reward: RewardSection = field(default_factory=RewardSection)
+    grpo: GrpoSection = field(default_factory=GrpoSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    sft: SftSection = field(default_factory=SftSection)
+    eval: EvalSection = field(default_factory=EvalSection, metadata=_RESUMABLE)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection, metadata=_RESUMABLE)
+    mesh: MeshSection = field(default_factory=MeshSection, metadata=_RESUMABLE)
+    log: LogSection = field(default_factory=LogSection, metadata=_RESUMABLE)
+
+    def __post_init__(self) -> None:
+        _check("run_dir", self.run_dir, bool(self.run_dir), "the folder of the run")
+        _check("seed", self.seed, 0 <= self.seed < 2**31, "a number from 0 to 2147483647")
+        if self.data.synthetic is None and not (self.data.train or self.data.eval):
+            raise ConfigError(
+                "no data: set data.train (and data.eval) to a JSONL manifest, or data.synthetic"
+            )
+        _check(
+            "optim.accumulate",
+            self.optim.accumulate,
+            self.rollout.prompts % self.optim.accumulate == 0,
+            f"a divisor of rollout.prompts ({self.rollout.prompts})",
+        )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `a.b=value` overrides, whose values are YAML too.
+
+    Raises:
+      ConfigError: there is no such file, or it or an override is not a valid configuration; every
+        unknown key and wrong type is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: the first argument is a YAML config file")
+    raw = strict_yaml.parse(path.read_bytes(), str(path))
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {raw!r}")
+    for assignment in overrides:
+        strict_yaml.override(raw, assignment)
+    return from_dict(raw, source=str(path))
+
+
+def from_dict(raw: Mapping[str, Any], source: str = "config") -> Config:
+    """Builds the config from nested plain values (as `to_dict` gives); `source` names it in errors.
+
+    Raises:
+      ConfigError: see `load`.
+    """
+    return strict_yaml.build(Config, raw, source)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, ready for JSON or YAML."""
+    return strict_yaml.plain(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The whole tree, defaults included; `load` reads it back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+class Difference(NamedTuple):
+    """One key that two configs disagree on."""
+
+    key: str  # dotted
+    before: Any
+    after: Any
+    resumable: bool
+
+
+def diff(before: Config, after: Config) -> list[Difference]:
+    """The keys whose values differ, in the tree's order."""
+    return list(_differences(before, after, "", False))
+
+
+def check_resume(saved: Config, now: Config) -> None:
+    """Refuses to continue a run under a config that would have learnt something else.
+
+    Args:
+      saved: the config stored with the checkpoint.
+      now: the config of this start.
+
+    Raises:
+      ConfigError: keys that are not resumable differ; all are listed with both values.
+    """
+    clashes = [difference for difference in diff(saved, now) if not difference.resumable]
+    if clashes:
+        lines = [f"  {key}: saved {old!r}, now {new!r}" for key, old, new, _ in clashes]
+        raise ConfigError(
+            f"{now.run_dir} holds a run of another config:\n" + "\n".join(lines) + "\nTo go on "
+            "with that run put these keys back; to start another choose a new run_dir."
+        )
+
+
+def _differences(before: Any, after: Any, prefix: str, resumable: bool) -> Iterator[Difference]:
+    for item in dataclasses.fields(before):
+        old, new = before.__dict__[item.name], after.__dict__[item.name]
+        key = prefix + item.name
+        free = resumable or "resumable" in item.metadata
+        if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
+            yield from _differences(old, new, f"{key}.", free)
+        elif old != new:  # an optional section that only one of them has is one difference
+            yield Difference(key, strict_yaml.plain(old), strict_yaml.plain(new), free)

@@ -1,0 +1,304 @@
+"""Greedy evaluation: `jaxgrpo eval CONFIG`, and before, during and after training.
+
+Legend: P prompts in a batch, I items scored.
+
+Every score stands beside what it costs to reach it without understanding the video: the best
+constant span, the most frequent letter, and the same questions about other items' videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from data.pipeline import batches
+from data.records import Record
+from data.sampling import OnePass
+from jaxgrpo.config import Config
+from jaxgrpo.inputs import Dataset, Inputs, PromptCollator, PromptLoader, prepare
+from jaxgrpo.policy import Params, Policy, open_policy
+from jaxgrpo.programs import (
+    answer_shapes,
+    prompt_shapes,
+    publish_program,
+    rollout_program,
+    scalar_shape,
+    score_program,
+    truth_shapes,
+)
+from jaxgrpo.rollout import Rollout, Sampling
+from jaxgrpo.run import Setup, open_run_model, start
+from jaxgrpo.sharding import gather_to_host, process_rows, put_prompts, put_scalar
+from models.qwen2_5_vl.processor import Processor
+from rewards.dual import truth_arrays
+from rewards.parse import parse_batch
+
+THRESHOLDS = (0.3, 0.5, 0.7)  # of R1@IoU, as in temporal grounding
+
+
+class EvalPrograms(NamedTuple):
+    """The executables of evaluation."""
+
+    rollout: tuple[Callable[..., tuple[Rollout, Array | None]], ...]  # greedy, one per bucket
+    score: Callable[..., Any]
+
+
+class Prediction(NamedTuple):
+    """What the model said about one item, and what that earned."""
+
+    record: Record
+    text: str
+    total: float
+    format: float
+    choice: float  # NaN where the task has no such component
+    iou: float
+    tokens: int
+
+
+def compile_eval(
+    config: Config, mesh: Mesh, policy: Policy, inputs: Inputs, sampler: Params
+) -> EvalPrograms:
+    """Compiles greedy decoding for every bucket that evaluation items are in, and scoring."""
+    prompts = config.eval.batch
+    sampling = Sampling(
+        group=1,
+        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+        temperature=0.0,
+    )
+    greedy = policy._replace(temperature=0.0)
+    scalar = scalar_shape(mesh)
+    program = rollout_program(mesh, greedy, sampling, keep_features=False)
+    score = score_program(mesh, config.reward, divide_by_std=False)
+    return EvalPrograms(
+        tuple(
+            program.lower(
+                sampler, prompt_shapes(mesh, policy.config.vision, bucket, prompts), scalar, scalar
+            ).compile()
+            for bucket in inputs.buckets
+        ),
+        score.lower(
+            answer_shapes(mesh, prompts, 1), truth_shapes(mesh, prompts, inputs.max_spans)
+        ).compile(),
+    )
+
+
+def evaluate(
+    config: Config, mesh: Mesh, programs: EvalPrograms, sampler: Params, inputs: Inputs
+) -> tuple[dict[str, float], list[Prediction]]:
+    """Scores the evaluation items.
+
+    Returns:
+      the metrics, and the predictions of the evaluation set (not of the swapped videos).
+    """
+    assert inputs.evaluation is not None, "prepare(evaluation=True) makes it"
+    predictions = predict(config, mesh, programs, sampler, inputs, inputs.evaluation)
+    metrics = summarise(predictions)
+    metrics["items"] = len(predictions)
+    metrics["items_failed"] = len(inputs.evaluation.records) - len(predictions)
+    if inputs.swapped is not None:
+        swapped = predict(config, mesh, programs, sampler, inputs, inputs.swapped)
+        metrics["tvg/mIoU_swapped_videos"] = _mean(p.iou for p in swapped)
+    return metrics, predictions
+
+
+def predict(
+    config: Config,
+    mesh: Mesh,
+    programs: EvalPrograms,
+    sampler: Params,
+    inputs: Inputs,
+    dataset: Dataset,
+) -> list[Prediction]:
+    """Greedy completions of all items, in the dataset's order; items whose video fails are absent."""
+    prompts = config.eval.batch
+    plan = OnePass(dataset.buckets, prompts)
+    rows = process_rows(mesh, prompts)
+    loader = batches(
+        plan,
+        PromptLoader(inputs.processor, dataset.records, config.data),
+        PromptCollator(inputs.buckets, inputs.processor.pad_id),
+        start_step=0,
+        num_steps=plan.steps,
+        rows=rows,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        ids=[record.id for record in dataset.records],
+    )
+    found: dict[int, Prediction] = {}
+    with loader:
+        for batch in loader:
+            zero = put_scalar(mesh, 0)
+            rollout, _ = programs.rollout[batch.bucket](
+                sampler, put_prompts(mesh, batch.prompts), zero, zero
+            )
+            tokens, lengths = gather_to_host((rollout.tokens, rollout.lengths))
+            planned = plan.step(batch.step).items
+            records = [dataset.records[item] for item in planned]
+            texts = [[inputs.processor.decode(row[0])] for row in tokens]
+            answers = parse_batch(
+                texts, [record.task for record in records], thinking=config.data.thinking
+            )
+            truth = truth_arrays(records, inputs.max_spans)
+            scores = gather_to_host(
+                programs.score(*put_prompts(mesh, jax.tree.map(lambda x: x[rows], (answers, truth))))
+            )
+            # A slot that holds another item's video is not scored: its own could not be read.
+            mine = np.array([a == b for a, b in zip(batch.items, planned[rows], strict=True)])
+            scored = gather_to_host(put_prompts(mesh, mine))
+            for row, item in enumerate(planned):
+                if scored[row]:
+                    found[item] = Prediction(
+                        records[row],
+                        texts[row][0],
+                        float(scores.total[row, 0]),
+                        *(float(scores.components[k][row, 0]) for k in ("format", "choice", "iou")),
+                        tokens=int(lengths[row, 0]),
+                    )
+    return [found[item] for item in sorted(found)]
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The scores and their baselines, by task; a task without items has none.
+
+    acc_at_iou0.5 is NExT-GQA's Acc@GQA at IoU: the right letter and an IoU of at least 0.5.
+    """
+    by_task = {
+        task: [p for p in predictions if p.record.task == task] for task in ("mcqa", "tvg", "gqa")
+    }
+    metrics: dict[str, float] = {
+        "format": _mean(p.format for p in predictions),
+        "reward/total": _mean(p.total for p in predictions),
+        "completion/length": _mean(p.tokens for p in predictions),
+    }
+    for task in ("mcqa", "gqa"):
+        if chosen := by_task[task]:
+            letters = [p.record.answer for p in chosen]
+            most = max(letters.count(letter) for letter in letters)
+            metrics[f"{task}/accuracy"] = _mean(p.choice for p in chosen)
+            metrics[f"{task}/accuracy_constant_letter"] = most / len(letters)
+    for task in ("tvg", "gqa"):
+        if chosen := by_task[task]:
+            metrics[f"{task}/mIoU"] = _mean(p.iou for p in chosen)
+            metrics[f"{task}/mIoU_constant_span"] = best_constant_span(
+                [p.record.spans for p in chosen]
+            )[2]
+    for threshold in THRESHOLDS if by_task["tvg"] else ():
+        metrics[f"tvg/R1@{threshold}"] = _mean(p.iou >= threshold for p in by_task["tvg"])
+    if by_task["gqa"]:
+        metrics["gqa/acc_at_iou0.5"] = _mean(
+            p.choice == 1 and p.iou >= 0.5 for p in by_task["gqa"]
+        )
+    return metrics
+
+
+def best_constant_span(
+    spans: Sequence[Sequence[tuple[float, float]]], step: float = 0.5
+) -> tuple[float, float, float]:
+    """The one answer that scores best if given to every question, and its mean IoU.
+
+    Searched on a grid of `step` seconds, or coarser where that would need over 200 points.
+
+    Args:
+      spans: the true spans of each item, in seconds.
+
+    Returns:
+      start, end, mean IoU. Example: spans [(0, 2)] and [(1, 3)] -> (0, 2, 2/3) or an equal one.
+    """
+    last = max(end for item in spans for _, end in item)
+    points = np.linspace(0.0, last, min(int(np.ceil(last / step)) + 1, 201))
+    start, end = (x.ravel() for x in np.meshgrid(points, points, indexing="ij"))
+    keep = end > start
+    start, end = start[keep], end[keep]
+    total = np.zeros(len(start))
+    for item in spans:
+        inside, length = np.zeros(len(start)), 0.0
+        for a, b in _merged(item):
+            inside += np.clip(np.minimum(end, b) - np.maximum(start, a), 0.0, None)
+            length += b - a
+        total += inside / (end - start + length - inside)
+    best = int(np.argmax(total))
+    return float(start[best]), float(end[best]), float(total[best] / len(spans))
+
+
+def _merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The union of spans as spans that do not overlap."""
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _mean(values: Any) -> float:
+    numbers = [float(value) for value in values]
+    return sum(numbers) / len(numbers) if numbers else float("nan")
+
+
+def samples(predictions: Sequence[Prediction], count: int) -> list[dict[str, Any]]:
+    """The first predictions of each task as lines of completions.jsonl, `count` in all or fewer."""
+    per_task: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        per_task.setdefault(prediction.record.task, []).append(prediction)
+    share = -(-count // max(len(per_task), 1))
+    chosen = [p for group in per_task.values() for p in group[:share]][:count]
+    return [
+        {
+            "id": p.record.id,
+            "question": p.record.question,
+            "truth": truth_text(p.record),
+            "completion": p.text,
+            "reward/total": p.total,
+            "reward/format": p.format,
+            "reward/choice": p.choice,
+            "reward/iou": p.iou,
+        }
+        for p in chosen
+    ]
+
+
+def truth_text(record: Record) -> str:
+    """The right answer for a reader: "B (red)", "3.5-7.0 s", or both."""
+    parts = []
+    if record.task != "tvg" and record.answer is not None:
+        parts.append(f"{record.answer} ({record.options[ord(record.answer) - ord('A')]})")
+    if record.task != "mcqa":
+        parts.append(", ".join(f"{start:g}-{end:g} s" for start, end in record.spans))
+    return ", ".join(parts)
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """Metrics side by side, for example {"before": ..., "after": ...}, each with its baselines."""
+    names = [name for name in _TABLE if any(name in metrics for metrics in columns.values())]
+    width = max(map(len, names))
+    lines = [" " * width + "".join(f"{title:>12}" for title in columns)]
+    for name in names:
+        cells = (metrics.get(name) for metrics in columns.values())
+        shown = "".join(f"{'-' if cell is None else format(cell, '.3f'):>12}" for cell in cells)
+        lines.append(f"{name:<{width}}{shown}")
+    return "\n".join(lines)
+
+
+_TABLE = (
+    "tvg/mIoU",
+    "tvg/mIoU_constant_span",
+    "tvg/mIoU_swapped_videos",
+    *(f"tvg/R1@{threshold}" for threshold in THRESHOLDS),
+    "mcqa/accuracy",
+    "mcqa/accuracy_constant_letter",
+    "gqa/accuracy",
+    "gqa/accuracy_constant_letter",
+    "gqa/mIoU",
+    "gqa/mIoU_constant_span",
+    "gqa/acc_at_iou0.5",
+    "format",
+    "reward/total",
+)

@@ -1,0 +1,319 @@
+"""From manifests and videos to batches: what is read, which bucket it goes to, how it is loaded.
+
+Everything about shapes is decided here, before anything is decoded: videos are probed once, prompts
+are measured, and each goes to the smallest bucket that holds its tokens.
+
+Legend: P prompts in a step, C completion tokens.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data.prompts import question_text, target_text
+from data.probe import Probe, VideoError, probe_all
+from data.records import Record, read_manifest
+from data.synthetic import SyntheticSpec, rationale, write_dataset
+from data.video import FrameSampling, decode, frame_count
+from jaxgrpo.config import Config, DataSection
+from models.qwen2_5_vl.processor import PixelLimits, Processor, Prompt, Size, Video, collate
+
+_SHOWN = 5  # bad items that a message names
+
+
+class InputError(ValueError):
+    """Data that cannot be trained on or evaluated as configured."""
+
+
+class Dataset(NamedTuple):
+    """The usable records of one manifest; an item is a record's number in it."""
+
+    records: tuple[Record, ...]
+    sizes: tuple[Size, ...]  # what each item's prompt needs
+    buckets: tuple[tuple[int, ...], ...]  # the items of each bucket
+
+
+class Inputs(NamedTuple):
+    """All data of a run, measured."""
+
+    processor: Processor
+    train: Dataset | None
+    evaluation: Dataset | None
+    swapped: Dataset | None  # grounding questions of `evaluation`, each about another item's video
+    buckets: tuple[Size, ...]  # what each bucket offers
+    max_spans: int  # M, the most true spans that an item has
+    excluded: dict[str, str]  # id -> why its video cannot be read; these are in no dataset
+
+
+class Target(NamedTuple):
+    """A prompt and the completion to learn, for supervised training."""
+
+    prompt: Prompt
+    completion: np.ndarray  # int32[C], not padded; a batch: int32[P, 1, C]
+    length: np.ndarray  # int32[]; a batch: int32[P, 1]
+
+
+def pixel_limits(config: DataSection) -> PixelLimits:
+    """The limits on frame and video size."""
+    return PixelLimits(config.min_pixels, config.max_pixels, config.total_pixels)
+
+
+def frame_sampling(config: DataSection) -> FrameSampling:
+    """Which frames of a video the model sees."""
+    return FrameSampling(config.fps, config.min_frames, config.max_frames)
+
+
+def messages(record: Record, thinking: bool) -> list[dict[str, Any]]:
+    """The chat that a record's prompt is: one user's turn, the video and the question."""
+    text = question_text(record, thinking)
+    content = [{"type": "video"}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
+def prepare(
+    config: Config,
+    processor: Processor,
+    *,
+    train: bool,
+    evaluation: bool,
+    excluded: Iterable[str] = (),
+) -> Inputs:
+    """Makes or reads the manifests, probes the videos and sorts the prompts into buckets.
+
+    Args:
+      config: its `data` section and `eval.limit`.
+      processor: measures prompts.
+      train, evaluation: which manifests are needed.
+      excluded: ids left out whatever their videos are like now: those a resumed run had left out,
+        so that its plan stays the same.
+
+    Raises:
+      InputError: a manifest is not configured, none of its videos can be read, or prompts do not
+        fit the largest bucket.
+      ManifestError, SyntheticError: see there.
+    """
+    data = config.data
+    train_path, eval_path = data.train, data.eval
+    if data.synthetic is not None:
+        spec = SyntheticSpec(**dataclasses.asdict(data.synthetic))
+        train_path, eval_path = map(str, write_dataset(data.root, spec, data.threads))
+    wanted = {"data.train": train_path if train else "", "data.eval": eval_path if evaluation else ""}
+    for key, path in wanted.items():
+        if not path and {"data.train": train, "data.eval": evaluation}[key]:
+            raise InputError(f"{key} is empty: set it to a JSONL manifest, or set data.synthetic")
+    records = {key: read_manifest(path, data.root) for key, path in wanted.items() if path}
+    if config.eval.limit and evaluation:
+        records["data.eval"] = records["data.eval"][: config.eval.limit]
+
+    bad = dict.fromkeys(excluded, "left out when the run began")
+    measured: dict[str, list[tuple[Record, Size]]] = {}
+    for key, rows in records.items():
+        probes = probe_all(rows, data.root, data.threads, Path(data.root) / ".probes.json")
+        usable, errors = _measure(rows, probes, processor, data, bad)
+        bad |= errors
+        if not usable:
+            shown = "\n".join(list(errors.values())[:_SHOWN])
+            raise InputError(f"none of the {len(rows)} videos of {key} can be read:\n{shown}")
+        measured[key] = usable
+    if evaluation:
+        measured["swapped"] = _swap_videos(measured["data.eval"], processor, data)
+    for key, usable in measured.items():
+        _check_fits(key, usable, data.buckets)
+
+    everything = [size for usable in measured.values() for _, size in usable]
+    buckets = _bucket_sizes(everything, data.buckets)
+    datasets = {key: _dataset(usable, buckets) for key, usable in measured.items() if usable}
+    return Inputs(
+        processor,
+        datasets.get("data.train"),
+        datasets.get("data.eval"),
+        datasets.get("swapped"),
+        buckets,
+        max(max(len(r.spans), 1) for usable in measured.values() for r, _ in usable),
+        bad,
+    )
+
+
+def describe(inputs: Inputs) -> str:
+    """A few lines for the user: items, buckets, and the videos that are left out, by name."""
+    lines = []
+    for name, dataset in (("train", inputs.train), ("eval", inputs.evaluation)):
+        if dataset is not None:
+            tasks = collections.Counter(record.task for record in dataset.records)
+            counts = ", ".join(f"{count} {task}" for task, count in sorted(tasks.items()))
+            fills = ", ".join(
+                f"{len(items)} of at most {bucket.tokens} tokens"
+                for items, bucket in zip(dataset.buckets, inputs.buckets, strict=True)
+            )
+            lines.append(f"{name}: {len(dataset.records)} items ({counts}); prompts: {fills}")
+    if inputs.excluded:
+        shown = list(inputs.excluded.values())[:_SHOWN]
+        more = len(inputs.excluded) - len(shown)
+        lines.append(f"{len(inputs.excluded)} items left out, their videos cannot be read:")
+        lines += [f"  {reason}" for reason in shown] + ([f"  ... and {more} more"] if more else [])
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLoader:
+    """Item -> prompt: decodes the video and processes it. Runs in data threads and workers."""
+
+    processor: Processor
+    records: tuple[Record, ...]
+    data: DataSection
+
+    def __call__(self, item: int) -> Prompt:
+        record = self.records[item]
+        frames = decode(
+            Path(self.data.root) / record.video,
+            frame_sampling(self.data),
+            record.clip,
+            record.duration,
+        )
+        video = Video(frames.frames, frames.seconds_per_frame)
+        return self.processor(messages(record, self.data.thinking), [video])
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetLoader:
+    """Item -> prompt and the completion with the largest reward, for supervised training.
+
+    With thinking, synthetic records get their rationale as the thought; others an empty one.
+    """
+
+    prompts: PromptLoader
+    max_tokens: int
+
+    def __call__(self, item: int) -> Target:
+        record = self.prompts.records[item]
+        data = self.prompts.data
+        thought = rationale(record) if data.thinking and data.synthetic is not None else ""
+        completion = self.prompts.processor.encode_completion(
+            target_text(record, data.thinking, thought)
+        )
+        if len(completion) > self.max_tokens:
+            raise InputError(
+                f"record {record.id!r}: its target is {len(completion)} tokens, more than "
+                f"rollout.max_new_tokens ({self.max_tokens}); raise that"
+            )
+        return Target(self.prompts(item), completion, np.array(len(completion), np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptCollator:
+    """P prompts -> one batch, padded to their bucket."""
+
+    buckets: tuple[Size, ...]
+    pad_id: int
+
+    def __call__(self, prompts: list[Prompt], bucket: int) -> Prompt:
+        return collate(prompts, self.buckets[bucket], self.pad_id)
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetCollator:
+    """P targets -> one batch: prompts padded to their bucket, completions to C."""
+
+    prompts: PromptCollator
+    max_tokens: int
+
+    def __call__(self, targets: list[Target], bucket: int) -> Target:
+        completions = np.full((len(targets), 1, self.max_tokens), self.prompts.pad_id, np.int32)
+        for row, target in zip(completions, targets, strict=True):
+            row[0, : len(target.completion)] = target.completion
+        return Target(
+            self.prompts([target.prompt for target in targets], bucket),
+            completions,
+            np.array([[target.length] for target in targets], np.int32),
+        )
+
+
+def _measure(
+    records: Sequence[Record],
+    probes: dict[str, Probe | VideoError],
+    processor: Processor,
+    data: DataSection,
+    excluded: dict[str, str],
+) -> tuple[list[tuple[Record, Size]], dict[str, str]]:
+    """(usable records with the sizes of their prompts, id -> why a video cannot be used)."""
+    usable: list[tuple[Record, Size]] = []
+    errors: dict[str, str] = {}
+    for record in records:
+        probe = probes[record.id]
+        if record.id in excluded:
+            continue
+        if isinstance(probe, VideoError):
+            errors[record.id] = f"{record.id}: {probe}"
+            continue
+        try:
+            usable.append((record, _size(record, probe, processor, data)))
+        except VideoError as error:  # the clip window lies outside of the file
+            errors[record.id] = f"{record.id}: {error}"
+    return usable, errors
+
+
+def _size(record: Record, probe: Probe, processor: Processor, data: DataSection) -> Size:
+    frames = frame_count(probe, frame_sampling(data), record.clip)
+    grid = processor.grid((probe.height, probe.width), frames)
+    return processor.size(messages(record, data.thinking), [grid])
+
+
+def _swap_videos(
+    usable: list[tuple[Record, Size]], processor: Processor, data: DataSection
+) -> list[tuple[Record, Size]]:
+    """Each grounding question about the video of the next one, to see what the video is worth.
+
+    A model that answers from the text alone scores the same on these. Pairs whose prompt would not
+    fit the largest bucket are left out.
+    """
+    grounding = [record for record, _ in usable if record.task == "tvg"]
+    moved = grounding[1:] + grounding[:1]
+    pairs = [
+        dataclasses.replace(record, video=other.video, clip=other.clip, duration=other.duration)
+        for record, other in zip(grounding, moved, strict=True)
+        if (record.video, record.clip) != (other.video, other.clip)
+    ]
+    probes = probe_all(pairs, data.root, data.threads, Path(data.root) / ".probes.json")
+    swapped, _ = _measure(pairs, probes, processor, data, {})
+    return [(record, size) for record, size in swapped if size.tokens <= data.buckets[-1]]
+
+
+def _check_fits(key: str, usable: Sequence[tuple[Record, Size]], buckets: Sequence[int]) -> None:
+    long = [(r.id, size.tokens) for r, size in usable if size.tokens > buckets[-1]]
+    if long:
+        shown = ", ".join(f"{name} ({tokens} tokens)" for name, tokens in long[:_SHOWN])
+        longest = max(tokens for _, tokens in long)
+        raise InputError(
+            f"{len(long)} prompts of {key} are longer than the largest bucket ({buckets[-1]} "
+            f"tokens): {shown}{', ...' if len(long) > _SHOWN else ''}; add a bucket of {longest} "
+            "to data.buckets, or lower data.total_pixels, data.max_pixels or data.fps"
+        )
+
+
+def _bucket_of(tokens: int, buckets: Sequence[int]) -> int:
+    return int(np.searchsorted(np.asarray(buckets), tokens))
+
+
+def _bucket_sizes(sizes: Sequence[Size], tokens: Sequence[int]) -> tuple[Size, ...]:
+    """What each bucket offers: its tokens, and of all else the most that one of its prompts needs."""
+    offers: list[Size] = []
+    for bucket, width in enumerate(tokens):
+        members = [size for size in sizes if _bucket_of(size.tokens, tokens) == bucket]
+        most = np.max(members, axis=0).tolist() if members else [0] * len(Size._fields)
+        offers.append(Size(*most)._replace(tokens=width))
+    return tuple(offers)
+
+
+def _dataset(usable: Sequence[tuple[Record, Size]], buckets: Sequence[Size]) -> Dataset:
+    widths = [bucket.tokens for bucket in buckets]
+    items: list[list[int]] = [[] for _ in buckets]
+    for number, (_, size) in enumerate(usable):
+        items[_bucket_of(size.tokens, widths)].append(number)
+    records, sizes = zip(*usable, strict=True)
+    return Dataset(records, sizes, tuple(map(tuple, items)))

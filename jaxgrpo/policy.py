@@ -1,0 +1,204 @@
+"""The policy: a model, the ids it may emit and a temperature, as log-probabilities.
+
+Sampler and trainer both go through `policy_logits`, so they speak of the same distribution.
+
+Legend: P prompts, G completions per prompt, C completion tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from jax import Array
+from jax.sharding import Mesh
+
+from jaxgrpo.config import ModelSection
+from jaxgrpo.sharding import param_shardings, put_global
+from models.qwen2_5_vl.config import ModelConfig
+from models.qwen2_5_vl.model import Qwen2_5_VL, abstract_model, random_params
+from models.qwen2_5_vl.processor import Processor, Prompt
+from models.qwen2_5_vl.weights import load
+
+Params = dict[str, Any]
+NEVER = -1e30  # the logit of an id that is never sampled
+
+
+class Vocabulary(NamedTuple):
+    """Which ids a policy may emit; the same in the sampler and in the trainer."""
+
+    usable: np.ndarray  # bool[V]: not vision, padding or beyond the tokenizer
+    stop: tuple[int, ...]  # ids that end a completion (and belong to it)
+    pad: int  # fills what is behind a completion's end
+
+
+def policy_logits(logits: Array, vocabulary: Vocabulary, temperature: float) -> Array:
+    """The logits of the distribution that the policy is: temperature applied, unusable ids out.
+
+    Both the sampler and the trainer go through here, so their log-probabilities agree.
+
+    Args:
+      logits: f32[..., V].
+      vocabulary: what may be emitted.
+      temperature: 0 stands for greedy decoding and leaves the logits as they are.
+
+    Returns:
+      f32[..., V].
+    """
+    scaled = logits / temperature if temperature else logits
+    return jnp.where(vocabulary.usable, scaled, NEVER)
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """The weights in the compute dtype; gradients flow back in the master's."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def token_log_probs(
+    model: Qwen2_5_VL,
+    hidden: Array,
+    tokens: Array,
+    vocabulary: Vocabulary,
+    temperature: float,
+    chunk: int,
+) -> tuple[Array, Array]:
+    """Log-probability of each token and entropy of its distribution, a chunk of C at a time.
+
+    The logits of a chunk are made, used and thrown away, and made again in the backward pass, so
+    that [P, G, C, V] never exists.
+
+    Args:
+      model: with the output head.
+      hidden: [P, G, C, D]; entry c predicts token c.
+      tokens: int32[P, G, C].
+      vocabulary, temperature: see `policy_logits`.
+      chunk: completion positions per chunk; 0 or more than C: all at once.
+
+    Returns:
+      f32[P, G, C] and f32[P, G, C].
+    """
+
+    @jax.checkpoint
+    def one_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array]:
+        log_p = jax.nn.log_softmax(policy_logits(model.logits(hidden), vocabulary, temperature))
+        logp = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+        p = jnp.exp(log_p)
+        return logp, -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+
+    p, g, c = tokens.shape
+    if not 0 < chunk < c:
+        return one_chunk(hidden, tokens)
+    count = -(-c // chunk)
+    pad = count * chunk - c
+
+    def to_chunks(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(p, g, count, chunk, *x.shape[3:]), 2, 0)
+
+    _, out = jax.lax.scan(
+        lambda carry, x: (carry, one_chunk(*x)), None, (to_chunks(hidden), to_chunks(tokens))
+    )
+    logp, entropy = (jnp.moveaxis(x, 0, 2).reshape(p, g, -1)[:, :, :c] for x in out)
+    return logp, entropy
+
+
+class Policy(NamedTuple):
+    """The static half of a policy: how its weights become log-probabilities."""
+
+    config: ModelConfig
+    graphdef: Any  # nnx graph definition of the model
+    vocabulary: Vocabulary
+    temperature: float
+    compute_dtype: Any
+    remat: bool
+    logit_chunk: int
+
+    def merge(self, params: Params) -> Qwen2_5_VL:
+        """The model with these weights in the compute dtype."""
+        return nnx.merge(self.graphdef, cast(params, self.compute_dtype))
+
+    def log_probs(
+        self, params: Params, prompt: Prompt, features: Array | None, completions: Array
+    ) -> tuple[Array, Array]:
+        """(log-probability, entropy), each f32[P, G, C], with the prompt computed once.
+
+        `features` None encodes the video with these weights; a frozen tower's are handed in.
+        """
+        model = self.merge(params)
+        if features is None:
+            features = model.encode_vision(prompt, remat=self.remat)
+        hidden = model.completion_hidden(prompt, features, completions, remat=self.remat)
+        return token_log_probs(
+            model, hidden, completions, self.vocabulary, self.temperature, self.logit_chunk
+        )
+
+
+# Special tokens that a completion may hold: it ends with the first; the others are text to Qwen.
+_END_OF_TURN = "<|im_end|>"
+
+
+def find_model(path: str) -> Path:
+    """The directory of a model: `path` itself, or the download of the hub id that it is.
+
+    Raises:
+      FileNotFoundError: it looks like a path and does not exist.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise FileNotFoundError(
+            f"model.path {path!r} is not a directory, and not a hub id such as "
+            "Qwen/Qwen2.5-VL-3B-Instruct"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+    return Path(snapshot_download(path, allow_patterns=patterns))
+
+
+def vocabulary_of(processor: Processor) -> Vocabulary:
+    """What may be emitted: the tokenizer's ids but its special ones, and the end of turn."""
+    vocab = processor.config.text.vocab
+    tokenizer = processor.tokenizer
+    usable = np.zeros(vocab, bool)
+    usable[list(tokenizer.get_vocab().values())] = True
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    usable[special] = False
+    end = tokenizer.convert_tokens_to_ids(_END_OF_TURN)
+    usable[end] = True
+    return Vocabulary(usable, (end,), processor.pad_id)
+
+
+def open_policy(
+    section: ModelSection, directory: Path, processor: Processor, mesh: Mesh, temperature: float,
+    seed: int,
+) -> tuple[Policy, Params]:
+    """The policy of a run and its initial master weights, float32, sharded over the mesh.
+
+    Raises:
+      WeightError, FileNotFoundError: see `models.qwen2_5_vl.weights.load`.
+    """
+    config = processor.config
+    graphdef, _ = abstract_model(config)
+    shardings = param_shardings(config, mesh)
+    if section.init == "random":
+        params = random_params(config, seed, shardings)
+    else:
+        flat = flatten_dict(shardings)
+        params = load(directory, config, place=lambda array, path: put_global(array, flat[path]))
+    policy = Policy(
+        config=config,
+        graphdef=graphdef,
+        vocabulary=vocabulary_of(processor),
+        temperature=temperature,
+        compute_dtype=jnp.dtype(section.compute_dtype),
+        remat=section.remat == "layer",
+        logit_chunk=section.logit_chunk,
+    )
+    return policy, params

@@ -1,0 +1,278 @@
+"""The jitted programs of a run, compiled before the first step, and nothing else that is compiled.
+
+Shapes are known beforehand, so every program is lowered and compiled per bucket at the start: the
+run fails early where it must, no step waits for a compilation, and the number of executables is
+programs x buckets. `jax.jit` is never called on shapes that were not foreseen: a compiled
+executable refuses them.
+
+Legend: P prompts, G completions per prompt, C completion tokens, M ground-truth spans, U merged
+        vision units, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgrpo.config import Config, RewardSection
+from jaxgrpo.grpo import group_advantages, zero_variance
+from jaxgrpo.policy import Params, Policy, cast
+from jaxgrpo.rollout import Rollout, Sampling, generate
+from jaxgrpo.sharding import PROMPTS, shape_on, shardings_like
+from jaxgrpo.update import (
+    TrainState,
+    UpdateBatch,
+    apply_gradients,
+    grpo_gradients,
+    init_state,
+    sft_gradients,
+)
+from models.qwen2_5_vl.config import VisionConfig
+from models.qwen2_5_vl.processor import Prompt, Size
+from rewards.dual import RewardWeights, Truth, dual_reward
+from rewards.parse import Answers
+
+
+class Scores(NamedTuple):
+    """What the completions of a step earned."""
+
+    total: Array  # f32[P, G]
+    components: dict[str, Array]  # f32[P, G] each, NaN where the task has no such component
+    advantages: Array  # f32[P, G]
+    zero_variance: Array  # bool[P]
+
+
+# ---- what each program computes ----
+
+
+def init_program(
+    mesh: Mesh, optimizer: optax.GradientTransformation, params: Params
+) -> Callable[[Params], TrainState]:
+    """Trained weights -> the state before the first step, a copy of them included."""
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    of_params = jax.tree.map(lambda x: x.sharding, params)
+    shardings = shardings_like(mesh, shapes, params, of_params)
+    return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)
+
+
+def publish_program(policy: Policy, shardings: Any) -> Callable[[Params, Params], Params]:
+    """(trained, frozen) master weights -> the sampler's copy: compute dtype, its own layout."""
+
+    def publish(params: Params, frozen: Params) -> Params:
+        return cast(params | frozen, policy.compute_dtype)
+
+    return jax.jit(publish, out_shardings=shardings)
+
+
+def rollout_program(
+    mesh: Mesh, policy: Policy, sampling: Sampling, keep_features: bool
+) -> Callable[[Params, Prompt, Array, Array], tuple[Rollout, Array | None]]:
+    """(sampler's weights, prompts, seed, step) -> completions, and vision features if asked for.
+
+    The draws are a function of (seed, step, row): not of the mesh, nor of what was drawn before.
+    """
+
+    def rollout(
+        params: Params, prompt: Prompt, seed: Array, step: Array
+    ) -> tuple[Rollout, Array | None]:
+        model = policy.merge(params)
+        features = model.encode_vision(prompt)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        completions = generate(model, prompt, features, key, sampling, policy.vocabulary)
+        return completions, features if keep_features else None
+
+    return jax.jit(rollout, out_shardings=NamedSharding(mesh, PROMPTS))
+
+
+def score_program(
+    mesh: Mesh, rewards: RewardSection, divide_by_std: bool
+) -> Callable[[Answers, Truth], Scores]:
+    """(parsed answers, ground truth) -> rewards and advantages."""
+    weights = RewardWeights(rewards.format, rewards.choice, rewards.iou)
+
+    def score(answers: Answers, truth: Truth) -> Scores:
+        total, components = dual_reward(answers, truth, weights)
+        advantages = group_advantages(total, divide_by_std)
+        return Scores(total, components, advantages, zero_variance(total))
+
+    return jax.jit(score, out_shardings=NamedSharding(mesh, PROMPTS))
+
+
+def reference_program(
+    mesh: Mesh, policy: Policy
+) -> Callable[[Params, Prompt, Array | None, Array], Array]:
+    """(reference weights, prompts, features, completions) -> log-probabilities f32[P, G, C]."""
+
+    def reference(
+        params: Params, prompt: Prompt, features: Array | None, completions: Array
+    ) -> Array:
+        return policy.log_probs(params, prompt, features, completions)[0]
+
+    return jax.jit(reference, out_shardings=NamedSharding(mesh, PROMPTS))
+
+
+def update_program(
+    mesh: Mesh,
+    policy: Policy,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    state_shardings: TrainState,
+) -> Callable[[TrainState, Params, UpdateBatch], tuple[TrainState, dict[str, Array]]]:
+    """(state, frozen weights, batch) -> the next state and scalar metrics; the state is donated."""
+
+    def update(
+        state: TrainState, frozen: Params, batch: UpdateBatch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        gradients, metrics = grpo_gradients(
+            policy, state.params, frozen, batch, config.grpo, config.optim.accumulate
+        )
+        state, step_metrics = apply_gradients(
+            state, gradients, metrics["loss"], optimizer, config.optim.clip_norm
+        )
+        return state, metrics | step_metrics
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, replicated))
+
+
+def sft_program(
+    mesh: Mesh,
+    policy: Policy,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    state_shardings: TrainState,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """(state, frozen weights, prompts, completions [P, 1, C], lengths [P, 1]) -> state, metrics."""
+
+    def sft(
+        state: TrainState, frozen: Params, prompt: Prompt, completions: Array, lengths: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        gradients, metrics = sft_gradients(
+            policy, state.params, frozen, prompt, completions, lengths, config.optim.accumulate
+        )
+        state, step_metrics = apply_gradients(
+            state, gradients, metrics["loss"], optimizer, config.optim.clip_norm
+        )
+        return state, metrics | step_metrics
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(sft, donate_argnums=0, out_shardings=(state_shardings, replicated))
+
+
+# ---- the shapes they are compiled for ----
+
+
+def prompt_shapes(mesh: Mesh, vision: VisionConfig, bucket: Size, prompts: int) -> Prompt:
+    """The shapes of a batch of prompts in a bucket."""
+
+    def on(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return shape_on(mesh, PROMPTS, (prompts, *shape), dtype)
+
+    return Prompt(
+        tokens=on(np.int32, bucket.tokens),
+        positions=on(np.int32, bucket.tokens, 3),
+        vision_index=on(np.int32, bucket.tokens),
+        length=on(np.int32),
+        patches=on(np.uint8, bucket.patches, vision.patch_dim),
+        patch_hw=on(np.int32, bucket.patches, 2),
+        window_index=on(np.int32, bucket.windows, vision.window_patches),
+        frame_index=on(np.int32, bucket.frames, bucket.frame_patches),
+    )
+
+
+def answer_shapes(mesh: Mesh, prompts: int, group: int) -> Answers:
+    """The shapes of the parsed answers of a step."""
+
+    def on(dtype: Any, *shape: int) -> Any:
+        return shape_on(mesh, PROMPTS, (prompts, group, *shape), dtype)
+
+    return Answers(on(np.bool_), on(np.int32), on(np.float32, 2))
+
+
+def truth_shapes(mesh: Mesh, prompts: int, spans: int) -> Truth:
+    """The shapes of the ground truth of a step."""
+
+    def on(dtype: Any, *shape: int) -> Any:
+        return shape_on(mesh, PROMPTS, (prompts, *shape), dtype)
+
+    return Truth(
+        choice=on(np.int32),
+        spans=on(np.float32, spans, 2),
+        has_choice=on(np.bool_),
+        has_span=on(np.bool_),
+        duration=on(np.float32),
+    )
+
+
+def scalar_shape(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """An int32 that every device holds: a seed or a step number."""
+    return shape_on(mesh, PartitionSpec(), (), np.int32)
+
+
+class TrainPrograms(NamedTuple):
+    """The executables of one bucket that GRPO training calls, in the order of a step."""
+
+    rollout: Callable[..., tuple[Rollout, Array | None]]
+    reference: Callable[..., Array] | None
+    update: Callable[..., tuple[TrainState, dict[str, Array]]]
+
+
+def compile_train(
+    config: Config,
+    mesh: Mesh,
+    policy: Policy,
+    bucket: Size,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Params,
+    sampler: Params,
+) -> TrainPrograms:
+    """Compiles the rollout, the reference pass and the update for one bucket.
+
+    Args:
+      state, frozen, sampler: shapes (or arrays) with shardings: the training state, the frozen
+        weights, the sampler's copy of the weights. The reference has the shapes of all weights.
+    """
+    rollout_section = config.rollout
+    p, g, c = rollout_section.prompts, rollout_section.group, rollout_section.max_new_tokens
+    sampling = Sampling(
+        g, c, rollout_section.temperature, rollout_section.top_p, rollout_section.top_k
+    )
+    prompt = prompt_shapes(mesh, policy.config.vision, bucket, p)
+    scalar = scalar_shape(mesh)
+
+    rollout = rollout_program(mesh, policy, sampling, config.model.freeze_vision).lower(
+        sampler, prompt, scalar, scalar
+    )
+    completions, features = (
+        jax.tree.map(lambda x: shape_on(mesh, PROMPTS, x.shape, x.dtype), out)
+        for out in rollout.out_info
+    )
+    reference = None
+    if config.grpo.kl:
+        reference = reference_program(mesh, policy).lower(
+            state.params | frozen, prompt, features, completions.tokens
+        )
+    per_token = completions.sampler_logp
+    batch = UpdateBatch(
+        prompt=prompt,
+        features=features,
+        completions=completions.tokens,
+        lengths=completions.lengths,
+        advantages=shape_on(mesh, PROMPTS, (p, g), jnp.float32),
+        sampler_logp=per_token,
+        old_logp=None,
+        ref_logp=per_token if config.grpo.kl else None,
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    update = update_program(mesh, policy, config, optimizer, shardings).lower(state, frozen, batch)
+    return TrainPrograms(
+        rollout.compile(), reference.compile() if reference else None, update.compile()
+    )

@@ -1,0 +1,181 @@
+"""The mesh and what lies where on it.
+
+Mesh axes: `data` (replicas), `fsdp` (prompts and weights), `tensor` (heads, MLP, vocabulary).
+Prompts are split over data x fsdp; weights over fsdp x tensor, by the logical axes that each
+declares. One device is the 1 x 1 x 1 mesh: there is no other code path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgrpo.config import ConfigError, MeshSection
+from models.qwen2_5_vl.config import ModelConfig
+from models.qwen2_5_vl.model import weight_axes
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+PROMPTS = PartitionSpec((DATA, FSDP))  # the leading axis of every batch
+
+# Logical axis of a weight -> mesh axis, for training.
+RULES: dict[str, str | None] = {
+    "layers": None,
+    "norm": None,
+    "head_dim": None,
+    "qkv": None,
+    "patch": None,
+    "embed": FSDP,
+    "vision_embed": FSDP,
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "vision_heads": TENSOR,
+    "mlp": TENSOR,
+    "vision_mlp": TENSOR,
+    "vocab": TENSOR,
+}
+# The sampler's copy is not split over fsdp: gathering weights for every token would swamp the
+# network.
+SAMPLER_RULES = {axis: (None if mesh == FSDP else mesh) for axis, mesh in RULES.items()}
+
+
+def make_mesh(config: MeshSection, devices: Any = None) -> Mesh:
+    """The mesh over all devices of all processes; `data: -1` takes what the others leave.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    data = config.data
+    if data == -1:
+        data = max(len(devices) // (config.fsdp * config.tensor), 1)
+    shape = (data, config.fsdp, config.tensor)
+    if math.prod(shape) != len(devices):
+        raise ConfigError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {config.fsdp} x {config.tensor} = "
+            f"{math.prod(shape)}, but there are {len(devices)} devices; set mesh.data=-1 to use "
+            "what fsdp and tensor leave"
+        )
+    return jax.make_mesh(
+        shape,
+        (DATA, FSDP, TENSOR),
+        devices=devices,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )
+
+
+def check_divides(mesh: Mesh, model: ModelConfig, sizes: dict[str, int]) -> None:
+    """Checks that head counts and batch sizes divide over the mesh.
+
+    Args:
+      sizes: config key -> prompts per step under it, for example {"rollout.prompts": 16}.
+
+    Raises:
+      ConfigError: names what does not divide, and by what.
+    """
+    tensor, rows = mesh.shape[TENSOR], mesh.shape[DATA] * mesh.shape[FSDP]
+    heads = {
+        "num_attention_heads": model.text.heads,
+        "num_key_value_heads": model.text.kv_heads,
+        "vision_config.num_heads": model.vision.heads,
+        "intermediate_size": model.text.mlp_width,
+        "vision_config.intermediate_size": model.vision.mlp_width,
+        "vocab_size": model.text.vocab,
+    }
+    for name, count in heads.items():
+        if count % tensor:
+            raise ConfigError(
+                f"mesh.tensor={tensor} does not divide the model's {name} ({count}); "
+                f"choose a mesh.tensor that divides {model.text.kv_heads} (the key/value heads) "
+                f"and {count}"
+            )
+    fsdp = mesh.shape[FSDP]
+    for name, width in {
+        "hidden_size": model.text.width,
+        "vision hidden_size": model.vision.width,
+    }.items():
+        if width % fsdp:
+            raise ConfigError(f"mesh.fsdp={fsdp} does not divide the model's {name} ({width})")
+    for key, size in sizes.items():
+        if size % rows:
+            raise ConfigError(
+                f"{key}={size} prompts do not divide over mesh.data x mesh.fsdp = {rows} rows; "
+                f"use a multiple of {rows}"
+            )
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+    """NamedShardings of every weight, in the nesting of the parameters."""
+    return jax.tree.map(
+        lambda names: NamedSharding(mesh, PartitionSpec(*(rules[name] for name in names))),
+        weight_axes(config),
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def put_global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array that every process holds -> a global array; each device takes its slice."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def shardings_like(mesh: Mesh, tree: Any, params: Any, param_shardings: Any) -> Any:
+    """Shardings for a tree that holds copies of `params` (Adam moments); the rest is replicated."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    structure = jax.tree.structure(params)
+
+    def is_copy(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(
+        lambda node: param_shardings if is_copy(node) else replicated, tree, is_leaf=is_copy
+    )
+
+
+def shape_on(
+    mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], dtype: Any
+) -> jax.ShapeDtypeStruct:
+    """The shape of a global array and where it lies, to compile for."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def put_scalar(mesh: Mesh, value: int) -> jax.Array:
+    """A host number -> an int32 on every device."""
+    return jax.device_put(np.int32(value), NamedSharding(mesh, PartitionSpec()))
+
+
+def put_prompts(mesh: Mesh, batch: Any) -> Any:
+    """Host arrays, this process's rows of a batch -> global arrays split over data x fsdp."""
+    sharding = NamedSharding(mesh, PROMPTS)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def process_rows(mesh: Mesh, prompts: int) -> slice:
+    """The rows of a batch of `prompts` that this process feeds: those of its mesh coordinate.
+
+    Processes that differ only in the tensor coordinate feed the same rows.
+    """
+    sharding = NamedSharding(mesh, PROMPTS)
+    local = sharding.addressable_devices_indices_map((prompts,)).values()
+    starts = [index[0].start or 0 for index in local]
+    stops = [prompts if index[0].stop is None else index[0].stop for index in local]
+    rows = slice(min(starts), max(stops))
+    covered = {row for a, b in zip(starts, stops, strict=True) for row in range(a, b)}
+    if covered != set(range(rows.start, rows.stop)):
+        raise ConfigError(
+            "this process's devices hold rows of the batch that are not contiguous; order the "
+            "mesh so that a process's devices are neighbours on data x fsdp"
+        )
+    return rows
+
+
+def gather_to_host(tree: Any) -> Any:
+    """Global arrays -> whole NumPy arrays on every process (a collective)."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, jax.device_get(tree))
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)

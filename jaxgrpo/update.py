@@ -1,0 +1,199 @@
+"""The policy update: the prompt once and its G completions, loss, gradients, AdamW, in one jit.
+
+Legend: P prompts, G completions per prompt, S prompt tokens, C completion tokens, D width,
+        V vocabulary, A micro-batches that accumulate into one update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from models.qwen2_5_vl.processor import Prompt
+
+from jaxgrpo.config import GrpoSection, OptimSection
+from jaxgrpo.grpo import LossInputs, completion_mask, grpo_loss, token_weights
+from jaxgrpo.policy import Params, Policy
+
+
+class TrainState(NamedTuple):
+    """What an update changes. Frozen weights are kept apart from `params`."""
+
+    step: Array  # int32[]: training steps taken, skipped ones included
+    params: Params  # the trained weights, float32
+    opt_state: optax.OptState
+    skipped: Array  # int32[]: non-finite steps in a row
+
+
+class UpdateBatch(NamedTuple):
+    """Everything the update reads, besides the weights."""
+
+    prompt: Prompt  # leading axis P
+    features: Array | None  # [P, U, D] of a frozen vision tower; None: encode with gradients
+    completions: Array  # int32[P, G, C]
+    lengths: Array  # int32[P, G]
+    advantages: Array  # f32[P, G]
+    sampler_logp: Array  # f32[P, G, C], to watch the gap between sampler and trainer
+    old_logp: Array | None  # f32[P, G, C]; None: on-policy, the current policy's own
+    ref_logp: Array | None  # f32[P, G, C]; None: no KL term
+
+
+def split_frozen(params: Params, freeze_vision: bool) -> tuple[Params, Params]:
+    """(trained, frozen) weights; the frozen ones get no gradient and no optimiser state."""
+    if not freeze_vision:
+        return params, {}
+    return {"text": params["text"]}, {"vision": params["vision"]}
+
+
+def learning_rate_schedule(config: OptimSection, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0 over `warmup_steps`, then constant, linear or cosine decay to 0."""
+    peak, warm = config.learning_rate, config.warmup_steps
+    rest = max(steps - warm, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.decay]
+    # Step 0 already moves: the first of w warm-up steps has rate peak / w.
+    warmup = optax.linear_schedule(peak / max(warm, 1), peak, max(warm - 1, 1))
+    return optax.join_schedules([warmup, after], [warm]) if warm else after
+
+
+def make_optimizer(config: OptimSection, steps: int) -> optax.GradientTransformation:
+    """AdamW as torch's: decoupled weight decay, on every weight."""
+    return optax.adamw(
+        learning_rate_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def grpo_gradients(
+    policy: Policy,
+    params: Params,
+    frozen: Params,
+    batch: UpdateBatch,
+    config: GrpoSection,
+    accumulate: int = 1,
+) -> tuple[Params, dict[str, Array]]:
+    """Gradients of the GRPO loss, and its metrics.
+
+    With `accumulate` = A the P prompts go through in A micro-batches of P / A, one after another;
+    the sums are divided by the whole batch's count once, so the result is that of one batch.
+
+    Returns:
+      gradients (float32, in the nesting of `params`) and scalars: loss, kl, entropy, clip_low,
+      clip_high, ratio, and the sampler gap (mean |trainer - sampler| log-probability).
+    """
+    mask = completion_mask(batch.lengths, batch.completions.shape[2])
+    weights, count = token_weights(mask, config.aggregation)
+    tokens = jnp.maximum(mask.sum(), 1.0)
+
+    def loss_sum(params: Params, micro: tuple[UpdateBatch, Array, Array]):
+        batch, weights, mask = micro
+        logp, entropy = policy.log_probs(
+            params | frozen, batch.prompt, batch.features, batch.completions
+        )
+        inputs = LossInputs(batch.advantages, weights, mask, batch.old_logp, batch.ref_logp)
+        loss, sums = grpo_loss(logp, entropy, inputs, config)
+        gap = jnp.abs(jax.lax.stop_gradient(logp) - batch.sampler_logp)
+        return loss, sums | {"sampler_gap": jnp.sum(mask * gap)}
+
+    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+    (loss, sums), gradients = accumulated(
+        value_and_grad, params, (batch, weights, mask), accumulate
+    )
+    gradients = jax.tree.map(lambda g: g / count, gradients)
+    return gradients, {"loss": loss / count} | {k: v / tokens for k, v in sums.items()}
+
+
+def sft_gradients(
+    policy: Policy,
+    params: Params,
+    frozen: Params,
+    prompt: Prompt,
+    completions: Array,
+    lengths: Array,
+    accumulate: int = 1,
+) -> tuple[Params, dict[str, Array]]:
+    """Gradients of the mean cross-entropy per completion token, and its metrics.
+
+    Args:
+      completions: int32[P, G, C], G of them sharing each prompt.
+      lengths: int32[P, G].
+
+    Returns:
+      gradients and scalars: loss (nats per token) and entropy (how sure the policy is).
+    """
+    mask = completion_mask(lengths, completions.shape[2])
+    count = jnp.maximum(mask.sum(), 1.0)
+
+    def loss_sum(params: Params, micro: tuple[Prompt, Array, Array]):
+        prompt, completions, mask = micro
+        logp, entropy = policy.log_probs(params | frozen, prompt, None, completions)
+        return -jnp.sum(mask * logp), {"entropy": jnp.sum(mask * entropy)}
+
+    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+    (loss, sums), gradients = accumulated(
+        value_and_grad, params, (prompt, completions, mask), accumulate
+    )
+    gradients = jax.tree.map(lambda g: g / count, gradients)
+    return gradients, {"loss": loss / count} | {k: v / count for k, v in sums.items()}
+
+
+def accumulated(value_and_grad: Callable, params: Params, batch: Any, micro_batches: int) -> Any:
+    """Sums `value_and_grad(params, micro_batch)` over micro-batches of the leading axis."""
+    if micro_batches == 1:
+        return value_and_grad(params, batch)
+
+    # Micro-batch a takes rows a, a + A, ...: each keeps its share of every device's rows.
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(len(x) // micro_batches, micro_batches, *x.shape[1:]), 1, 0)
+
+    micro = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total: Any, one: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, one)), None
+
+    total, _ = jax.lax.scan(add, zeros, micro)
+    return total
+
+
+def apply_gradients(
+    state: TrainState,
+    gradients: Params,
+    loss: Array,
+    optimizer: optax.GradientTransformation,
+    clip_norm: float,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Clips by the global norm and steps; a non-finite loss or gradient changes no weight.
+
+    Returns:
+      the new state and scalars: grad_norm (before clipping) and skipped (0 or 1).
+    """
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
+    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    stepped = (optax.apply_updates(state.params, updates), opt_state)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), stepped, (state.params, state.opt_state)
+    )
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    metrics = {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+    return TrainState(state.step + 1, params, opt_state, skipped), metrics
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), zero)

@@ -1,0 +1,85 @@
+"""Attention for the three places that need it, on XLA.
+
+Legend: P prompts, G completions per prompt, S prompt tokens, C completion tokens, T query tokens,
+        N query heads, K key/value heads, R = N / K queries that share a key head, H head dimension.
+
+Scores and softmax are float32; probabilities are cast to the values' dtype before they meet them,
+as in the original. `...` stands for any batch axes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# A finite "minus infinity": a row whose keys are all masked (a padded query) yields the mean of
+# the values, which nothing reads, instead of NaN, which the backward pass would spread.
+_MASKED = -1e30
+
+
+def _split_heads(q: Array, kv_heads: int) -> Array:
+    """[..., N, H] -> [..., K, R, H]: query heads that share a key head become neighbours."""
+    *batch, heads, dim = q.shape
+    return q.reshape(*batch, kv_heads, heads // kv_heads, dim)
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Softmax attention under a boolean mask.
+
+    Args:
+      q: [..., T, N, H] queries.
+      k, v: [..., S, K, H] keys and values.
+      mask: bool[..., T, S] or broadcastable; True where the query may read the key. Example: for
+        prompts of lengths 2 and 3 padded to S = T = 3, `causal & valid` is
+        [[1 0 0] [1 1 0] [1 1 0]] and [[1 0 0] [1 1 0] [1 1 1]].
+
+    Returns:
+      [..., T, N, H].
+    """
+    q = _split_heads(q, k.shape[-2])
+    scores = jnp.einsum("...tkrh,...skh->...krts", q, k, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(q.shape[-1])
+    scores = jnp.where(mask[..., None, None, :, :], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("...krts,...skh->...tkrh", weights, v)
+    return out.reshape(*out.shape[:-3], -1, out.shape[-1])
+
+
+def attend_shared_prompt(
+    q: Array, k: Array, v: Array, k_prompt: Array, v_prompt: Array, valid: Array, mask: Array
+) -> Array:
+    """Completion queries over one prompt's keys, held once for the group, and their own.
+
+    One softmax spans both parts: the scores share a maximum and a denominator, so autodiff sees
+    the exact function. (Merging two finished attentions by their log-sum-exp is the same forward,
+    but JAX's fused attention drops the gradient of that residual.)
+
+    Args:
+      q: [P, G, T, N, H] queries; T = C in the update, 1 in decoding.
+      k, v: [P, G, C, K, H] the completions' keys and values.
+      k_prompt, v_prompt: [P, S, K, H].
+      valid: bool[P, S], True where the prompt has a token.
+      mask: bool[T, C], True where completion query t may read completion key c. Example: causal
+        for T = C = 3 is [[1 0 0] [1 1 0] [1 1 1]]; decoding token 1 of 3 is [[1 1 0]].
+
+    Returns:
+      [P, G, T, N, H].
+    """
+    q = _split_heads(q, k.shape[-2]) / math.sqrt(q.shape[-1])
+    prompt = jnp.einsum("pgtkrh,pskh->pkgrts", q, k_prompt, preferred_element_type=jnp.float32)
+    prompt = jnp.where(valid[:, None, None, None, None, :], prompt, _MASKED)
+    own = jnp.einsum("pgtkrh,pgckh->pkgrtc", q, k, preferred_element_type=jnp.float32)
+    own = jnp.where(mask, own, _MASKED)
+
+    highest = jnp.maximum(prompt.max(-1, keepdims=True), own.max(-1, keepdims=True))
+    highest = jax.lax.stop_gradient(highest)  # cancels between numerator and denominator
+    prompt, own = jnp.exp(prompt - highest), jnp.exp(own - highest)
+    total = prompt.sum(-1) + own.sum(-1)  # [P, K, G, R, T]
+
+    out = jnp.einsum("pkgrts,pskh->pgtkrh", prompt.astype(v.dtype), v_prompt)
+    out = out + jnp.einsum("pkgrtc,pgckh->pgtkrh", own.astype(v.dtype), v)
+    out = out / jnp.einsum("pkgrt->pgtkr", total)[..., None].astype(out.dtype)
+    return out.reshape(*out.shape[:3], -1, out.shape[-1])

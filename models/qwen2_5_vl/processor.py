@@ -1,0 +1,479 @@
+"""From chat messages and decoded frames to the arrays that the model reads. NumPy and PIL only.
+
+Dimensions: P prompts, S prompt tokens, N patches, W windows, T temporal grids (frame pairs),
+Q patches of a frame, K patches of a whole window. On a Video, T and H x W are frames and pixels.
+
+The released model was trained with the `qwen_vl_utils` package in front of transformers' processor,
+so sizes follow qwen_vl_utils; token ids, patches and positions follow transformers. Two things are
+done elsewhere: choosing frames (data/video.py) and normalising pixels (on the device, so that
+patches travel as uint8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from models.qwen2_5_vl.config import ModelConfig
+from models.qwen2_5_vl.positions import (
+    FrameLayout,
+    Grid,
+    VisionSpan,
+    fill_patches,
+    frame_layout,
+    index_tables,
+    mrope_positions,
+)
+
+Int32 = NDArray[np.int32]
+UInt8 = NDArray[np.uint8]
+
+MAX_ASPECT_RATIO = 200
+END_OF_TURN = "<|im_end|>"
+
+
+class ProcessorError(ValueError):
+    """Messages, media or a model directory that cannot be turned into a prompt."""
+
+
+class Video(NamedTuple):
+    """Frames as decoded, and the time between them."""
+
+    frames: UInt8  # [T, H, W, 3], RGB
+    seconds_per_frame: float  # 1 / sampled fps
+
+
+class Image(NamedTuple):
+    pixels: UInt8  # [H, W, 3], RGB
+
+
+class Size(NamedTuple):
+    """What one prompt needs, or what a bucket offers to each of its prompts."""
+
+    tokens: int
+    patches: int
+    windows: int
+    frames: int  # temporal grids
+    frame_patches: int  # patches of the largest frame
+
+    def fits(self, bucket: Size) -> bool:
+        return all(need <= offer for need, offer in zip(self, bucket, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelLimits:
+    """How far media are resized, as in qwen_vl_utils; the defaults are its defaults for video.
+
+    `total_pixels` bounds a whole video: its tokens are at most total_pixels / 28^2.
+    """
+
+    min_pixels: int = 128 * 28**2  # of an image or a frame
+    max_pixels: int = 768 * 28**2  # of an image or a frame
+    total_pixels: int = 128_000 * 28**2 * 9 // 10  # of all frame pairs of a video
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels or self.total_pixels <= 0:
+            raise ProcessorError(
+                f"pixel limits must satisfy 0 < min_pixels <= max_pixels and 0 < total_pixels, "
+                f"found {self}"
+            )
+
+    def frame_maximum(self, frames: int, temporal_patch_size: int) -> float:
+        """The most pixels that each of `frames` frames of a video may have."""
+        share = self.total_pixels / frames * temporal_patch_size
+        return max(min(self.max_pixels, share), int(self.min_pixels * 1.05))
+
+
+class Prompt(NamedTuple):
+    """One prompt. A batch is the same with a leading axis P, padded to its bucket by `collate`.
+
+    Indices (vision_index, window_index, frame_index) count within the prompt, also in a batch.
+    """
+
+    tokens: Int32  # [S]
+    positions: Int32  # [S, 3] M-RoPE (t, h, w); padding 0
+    vision_index: Int32  # [S] the merged unit (window order) that is embedded here, -1 = text
+    length: Int32  # [] valid tokens
+    patches: UInt8  # [N, 3 * 2 * 14 * 14] raw pixels (channel, frame, row, column), window order
+    patch_hw: Int32  # [N, 2] row and column of the patch in its frame
+    window_index: Int32  # [W, K] patches of each window, -1 = padding
+    frame_index: Int32  # [T, Q] patches of each frame, -1 = padding
+
+    @property
+    def size(self) -> Size:
+        """What this prompt (not a batch) needs."""
+        return Size(
+            tokens=self.tokens.shape[0],
+            patches=self.patches.shape[0],
+            windows=self.window_index.shape[0],
+            frames=self.frame_index.shape[0],
+            frame_patches=self.frame_index.shape[1],
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Processor:
+    """Builds prompts for one checkpoint. Picklable, safe to call from several threads."""
+
+    tokenizer: PreTrainedTokenizerFast
+    config: ModelConfig
+    limits: PixelLimits
+    chat_template: str
+    eos_ids: tuple[int, ...]  # a completion ends at any of these; <|im_end|> is the first
+    pad_id: int
+
+    @classmethod
+    def load(cls, directory: str | Path, limits: PixelLimits) -> Processor:
+        """Reads the tokenizer, chat template, stop ids and config of a model directory.
+
+        Raises:
+          FileNotFoundError: config.json or tokenizer.json is missing.
+          ModelConfigError: config.json is not that of a Qwen2.5-VL model.
+          ProcessorError: the files do not belong together.
+        """
+        directory = Path(directory)
+        config = ModelConfig.load(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist: download the tokenizer's files of the released model too"
+            )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+        _check_tokenizer(tokenizer, config, path)
+        pad_id = tokenizer.pad_token_id
+        if not isinstance(pad_id, int):
+            raise ProcessorError(f"{directory}/tokenizer_config.json: pad_token is missing")
+        return cls(
+            tokenizer=tokenizer,
+            config=config,
+            limits=limits,
+            chat_template=_chat_template(directory, tokenizer),
+            eos_ids=_eos_ids(directory, tokenizer),
+            pad_id=pad_id,
+        )
+
+    def grid(self, media_hw: tuple[int, int], frames: int | None) -> Grid:
+        """The patches of an image (frames None) or of a video of that many frames.
+
+        Args:
+          media_hw: height and width in pixels, as decoded.
+          frames: frames sampled from the video; the last is repeated to fill a frame pair.
+
+        Raises:
+          ProcessorError: no frames, no pixels, or an aspect ratio above 200.
+        """
+        vision = self.config.vision
+        if frames is None:
+            grids, maximum = 1, float(self.limits.max_pixels)
+        else:
+            if frames < 1:
+                raise ProcessorError(f"a video has {frames} frames, expected at least 1")
+            grids = -(-frames // vision.temporal_patch_size)
+            maximum = self.limits.frame_maximum(
+                grids * vision.temporal_patch_size, vision.temporal_patch_size
+            )
+        height, width = smart_resize(
+            *media_hw, vision.patch_size * vision.merge_size, self.limits.min_pixels, maximum
+        )
+        return Grid(grids, height // vision.patch_size, width // vision.patch_size)
+
+    def size(self, messages: Sequence[dict[str, Any]], grids: Sequence[Grid]) -> Size:
+        """What a prompt will need, before anything is decoded.
+
+        Raises:
+          ProcessorError: the messages do not hold one image or video per grid.
+        """
+        ids = self._encode_messages(messages)
+        placeholders = int(np.count_nonzero(self._is_placeholder(ids)))
+        if placeholders != len(grids):
+            raise ProcessorError(
+                f"the messages hold {placeholders} images and videos, but {len(grids)} grids were "
+                "given: give one grid for each, in order"
+            )
+        units = sum(grid.patches // self.config.vision.merge_area for grid in grids)
+        return Size(
+            tokens=len(ids) - placeholders + units,
+            patches=sum(grid.patches for grid in grids),
+            windows=sum(grid.t * len(self._layout(grid).window_index) for grid in grids),
+            frames=sum(grid.t for grid in grids),
+            frame_patches=max((grid.frame_patches for grid in grids), default=0),
+        )
+
+    def __call__(
+        self, messages: Sequence[dict[str, Any]], media: Sequence[Video | Image]
+    ) -> Prompt:
+        """One prompt, not padded, up to and including the start of the assistant's turn.
+
+        Args:
+          messages: Hugging Face chat format, e.g. [{"role": "user", "content": [{"type": "video"},
+            {"type": "text", "text": "What happens?"}]}].
+          media: the images and videos of the messages, in order.
+
+        Raises:
+          ProcessorError: media and messages do not match, or a medium is not valid.
+        """
+        vision = self.config.vision
+        ids = self._encode_messages(messages)
+        places = np.flatnonzero(self._is_placeholder(ids))
+        self._check_media(ids[places], media)
+        grids = [self._media_grid(item, number) for number, item in enumerate(media)]
+
+        units = np.array([grid.patches // vision.merge_area for grid in grids], np.int64)
+        repeats = np.ones(len(ids), np.int64)
+        repeats[places] = units
+        starts = (np.cumsum(repeats) - repeats)[places]
+        tokens = np.repeat(ids, repeats)
+        spans = [
+            VisionSpan(int(start), grid, self._seconds_per_grid(item))
+            for start, grid, item in zip(starts, grids, media, strict=True)
+        ]
+        patches = np.empty((sum(grid.patches for grid in grids), vision.patch_dim), np.uint8)
+        first = 0
+        for item, grid in zip(media, grids, strict=True):
+            self._fill_patches(item, grid, patches[first : first + grid.patches])
+            first += grid.patches
+        tables = index_tables(len(tokens), spans, vision.merge_size, vision.window_side)
+        return Prompt(
+            tokens=tokens,
+            positions=mrope_positions(
+                len(tokens), spans, vision.merge_size, vision.tokens_per_second
+            ),
+            vision_index=tables.vision_index,
+            length=np.array(len(tokens), np.int32),
+            patches=patches,
+            patch_hw=tables.patch_hw,
+            window_index=tables.window_index,
+            frame_index=tables.frame_index,
+        )
+
+    def encode_completion(self, text: str) -> Int32:
+        """i32[C]: the tokens of an assistant's answer, with the <|im_end|> that closes it.
+
+        Raises:
+          ProcessorError: the text itself spells a stop token, which would cut the answer short.
+        """
+        ids = self._encode(text)
+        if np.isin(ids, self.eos_ids).any():
+            raise ProcessorError(f"a completion must not spell a stop token: {text!r}")
+        return np.append(ids, np.int32(self.eos_ids[0]))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text before the first stop id. Other special tokens stay visible."""
+        kept: list[int] = []
+        for token in ids:
+            if int(token) in self.eos_ids:
+                break
+            kept.append(int(token))
+        return self.tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=False)
+
+    def _encode(self, text: str) -> Int32:
+        # Not tokenizer(text): that sets truncation on the shared Rust object at each call, which
+        # raises "Already borrowed" when several threads do it.
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32)
+
+    def _encode_messages(self, messages: Sequence[dict[str, Any]]) -> Int32:
+        """The chat template's tokens, one placeholder for each image or video."""
+        text = self.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return self._encode(str(text))
+
+    def _is_placeholder(self, ids: Int32) -> NDArray[np.bool_]:
+        return (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
+
+    def _check_media(self, placeholders: Int32, media: Sequence[Video | Image]) -> None:
+        wanted = ["image" if i == self.config.image_token_id else "video" for i in placeholders]
+        given = ["image" if isinstance(item, Image) else "video" for item in media]
+        if wanted != given:
+            raise ProcessorError(
+                f"the messages hold {wanted or 'no media'}, but {given or 'no media'} were given: "
+                'media must match the {"type": "image"} and {"type": "video"} entries in order, '
+                "and no text may spell <|image_pad|> or <|video_pad|>"
+            )
+
+    def _media_grid(self, item: Video | Image, number: int) -> Grid:
+        """The grid of one medium, whose array is checked here."""
+        array = item.pixels if isinstance(item, Image) else item.frames
+        axes = "[H, W, 3]" if isinstance(item, Image) else "[T, H, W, 3]"
+        if array.dtype != np.uint8 or array.ndim != axes.count(",") + 1 or array.shape[-1] != 3:
+            raise ProcessorError(
+                f"media[{number}] is {array.dtype}{list(array.shape)}, expected uint8{axes}"
+            )
+        if isinstance(item, Video) and not 0 < item.seconds_per_frame < math.inf:
+            raise ProcessorError(
+                f"media[{number}] has {item.seconds_per_frame} seconds per frame, "
+                "expected a positive number"
+            )
+        height, width = array.shape[-3:-1]
+        return self.grid((height, width), len(array) if isinstance(item, Video) else None)
+
+    def _seconds_per_grid(self, item: Video | Image) -> float:
+        if isinstance(item, Image):
+            return 0.0
+        return item.seconds_per_frame * self.config.vision.temporal_patch_size
+
+    def _layout(self, grid: Grid) -> FrameLayout:
+        vision = self.config.vision
+        return frame_layout(grid.h, grid.w, vision.merge_size, vision.window_side)
+
+    def _fill_patches(self, item: Video | Image, grid: Grid, out: UInt8) -> None:
+        vision = self.config.vision
+        frames = item.pixels[None] if isinstance(item, Image) else item.frames
+        height, width = grid.h * vision.patch_size, grid.w * vision.patch_size
+        frames = resize(frames, height, width)
+        missing = grid.t * vision.temporal_patch_size - len(frames)
+        if missing:
+            frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+        fill_patches(
+            frames,
+            vision.patch_size,
+            vision.temporal_patch_size,
+            vision.merge_size,
+            vision.window_side,
+            out,
+        )
+
+
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: float
+) -> tuple[int, int]:
+    """The size to which an image or frame is resized, as in qwen_vl_utils.
+
+    Sides are multiples of `factor` (rounding half to even), the aspect ratio is nearly kept, and
+    the area lies within the limits, unless one side is already down to one factor.
+
+    Raises:
+      ProcessorError: no pixels, or an aspect ratio above 200.
+    """
+    if min(height, width) < 1:
+        raise ProcessorError(f"media of {height} x {width} pixels have no pixels")
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ProcessorError(
+            f"media of {height} x {width} pixels have an aspect ratio above {MAX_ASPECT_RATIO}: "
+            "crop or drop them"
+        )
+    rows = max(factor, round(height / factor) * factor)
+    columns = max(factor, round(width / factor) * factor)
+    if rows * columns > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        rows = max(factor, math.floor(height / scale / factor) * factor)
+        columns = max(factor, math.floor(width / scale / factor) * factor)
+    elif rows * columns < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * scale / factor) * factor
+        columns = math.ceil(width * scale / factor) * factor
+    return rows, columns
+
+
+def resize(frames: UInt8, height: int, width: int) -> UInt8:
+    """u8[T, H, W, 3] to u8[T, height, width, 3], bicubic with antialiasing (PIL's)."""
+    if frames.shape[1:3] == (height, width):
+        return frames
+    resized = np.empty((len(frames), height, width, 3), np.uint8)
+    for source, target in zip(frames, resized, strict=True):
+        image = PIL.Image.fromarray(source)
+        target[:] = np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
+    return resized
+
+
+def collate(prompts: Sequence[Prompt], bucket: Size, pad_id: int) -> Prompt:
+    """Stacks prompts into one batch, padded on the right to the bucket's size.
+
+    One worked example: prompts of 3 and 2 tokens in a bucket of 4 give tokens
+    [[a, b, c, pad], [d, e, pad, pad]], vision_index padded with -1 and length [3, 2].
+
+    Raises:
+      ProcessorError: there is no prompt, or one does not fit.
+    """
+    if not prompts:
+        raise ProcessorError("a batch needs at least one prompt, found none")
+    for row, prompt in enumerate(prompts):
+        if not prompt.size.fits(bucket):
+            raise ProcessorError(
+                f"prompt {row} of the batch needs {prompt.size}, but its bucket offers {bucket}: "
+                "use a larger bucket, or lower the pixel limits or the number of frames"
+            )
+    tokens, patches, windows, frames, frame_patches = bucket
+    patch_dim = prompts[0].patches.shape[1]
+    window_patches = prompts[0].window_index.shape[1]
+    return Prompt(
+        tokens=_stack([p.tokens for p in prompts], pad_id, tokens),
+        positions=_stack([p.positions for p in prompts], 0, tokens, 3),
+        vision_index=_stack([p.vision_index for p in prompts], -1, tokens),
+        length=np.array([p.length for p in prompts], np.int32),
+        patches=_stack([p.patches for p in prompts], 0, patches, patch_dim),
+        patch_hw=_stack([p.patch_hw for p in prompts], 0, patches, 2),
+        window_index=_stack([p.window_index for p in prompts], -1, windows, window_patches),
+        frame_index=_stack([p.frame_index for p in prompts], -1, frames, frame_patches),
+    )
+
+
+def _stack(arrays: Sequence[NDArray[Any]], fill: int, *shape: int) -> NDArray[Any]:
+    """[P, *shape]: each array in the leading corner of its row, `fill` elsewhere."""
+    stacked = np.full((len(arrays), *shape), fill, arrays[0].dtype)
+    for row, array in zip(stacked, arrays, strict=True):
+        row[tuple(slice(size) for size in array.shape)] = array
+    return stacked
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: ModelConfig, path: Path) -> None:
+    expected = {
+        "<|image_pad|>": config.image_token_id,
+        "<|video_pad|>": config.video_token_id,
+        "<|vision_start|>": config.vision_start_token_id,
+        "<|vision_end|>": config.vision_end_token_id,
+    }
+    vocabulary = tokenizer.get_vocab()
+    for token, id_ in expected.items():
+        if vocabulary.get(token) != id_:
+            raise ProcessorError(
+                f"{path}: {token} has id {vocabulary.get(token)}, but config.json says {id_}: "
+                "the two files are not of the same model"
+            )
+    if END_OF_TURN not in vocabulary:
+        raise ProcessorError(f"{path}: {END_OF_TURN} is missing, expected a chat model's tokenizer")
+    if max(vocabulary.values()) >= config.text.vocab:
+        raise ProcessorError(
+            f"{path}: its largest id is {max(vocabulary.values())}, but config.json has a "
+            f"vocab_size of {config.text.vocab}: the two files are not of the same model"
+        )
+
+
+def _chat_template(directory: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """chat_template.jinja, else chat_template.json (the releases), else the tokenizer's own."""
+    path = directory / "chat_template.json"
+    if path.is_file() and not (directory / "chat_template.jinja").is_file():
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    else:
+        template = tokenizer.chat_template  # transformers has read chat_template.jinja into it
+    if not isinstance(template, str):
+        raise ProcessorError(
+            f"{directory} has no chat template: expected one in chat_template.jinja, "
+            "chat_template.json or tokenizer_config.json"
+        )
+    return template
+
+
+def _eos_ids(directory: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """<|im_end|>, then the other stop ids of generation_config.json (absent: the tokenizer's)."""
+    path = directory / "generation_config.json"
+    stops: int | list[int] | None = tokenizer.eos_token_id
+    if path.is_file():
+        stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", stops)
+    if not isinstance(stops, list):
+        stops = [] if stops is None else [stops]
+    end = tokenizer.get_vocab()[END_OF_TURN]
+    return (end, *(stop for stop in stops if stop != end))

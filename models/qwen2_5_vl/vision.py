@@ -1,0 +1,238 @@
+"""Qwen2.5-VL's vision tower, in window order.
+
+Legend: P prompts, N patches (padded), R segments and Q patches per segment (windows or frames),
+        U = N / 4 merged units, B blocks, D width, A heads, H head dimension, F MLP width,
+        E = 4 * D merged width, O output width (the text model's).
+
+The processor lays the patches of a prompt tightly in window order and says which patches form each
+window (`window_index`) and each frame (`frame_index`). Linear layers run on the tight layout, so
+ragged windows cost nothing there; only attention gathers patches into padded segments.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from models.attention import attend
+from models.parameter import parameter, project
+from models.qwen2_5_vl.config import VisionConfig
+
+_NORM_EPS = 1e-6  # hard-coded in the original
+_ROPE_THETA = 10_000.0
+# CLIP's pixel statistics, per RGB channel, on the 0..255 scale.
+PIXEL_MEAN = 255 * np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+PIXEL_STD = 255 * np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Root-mean-square norm in float32, cast down before the weight, as the original does."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return weight * wide.astype(x.dtype)
+
+
+def rotate_half(x: Array) -> Array:
+    """(a, b) -> (-b, a) on the two halves of the last axis."""
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([-b, a], axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=())
+def permute(x: Array, index: Array, inverse: Array) -> Array:
+    """Moves rows: `out[p, i] = x[p, index[p, i]]`, zero where the index is -1.
+
+    A gather whose index holds each row at most once, so its backward pass is a gather by the
+    inverse too and no scatter is needed. Example: for four rows, index [2 0 -1] takes rows 2 and 0
+    and pads; its inverse is [1 -1 0 -1].
+
+    Args:
+      x: [P, I, ...] rows.
+      index: int32[P, J] rows to take.
+      inverse: int32[P, I] where each row went.
+    """
+    rows = jnp.maximum(index, 0).reshape(*index.shape, *(1,) * (x.ndim - 2))
+    taken = jnp.take_along_axis(x, rows, axis=1)
+    return jnp.where((index >= 0).reshape(rows.shape), taken, 0)
+
+
+def _permute_forward(x: Array, index: Array, inverse: Array):
+    return permute(x, index, inverse), (index, inverse)
+
+
+def _permute_backward(residual, gradient: Array):
+    index, inverse = residual
+    return permute(gradient, inverse, index), None, None
+
+
+permute.defvjp(_permute_forward, _permute_backward)
+
+
+def invert(index: Array, rows: int) -> Array:
+    """The inverse of a partial permutation: int32[P, J] with -1 for padding -> int32[P, rows]."""
+    slots = jnp.broadcast_to(jnp.arange(index.shape[1], dtype=index.dtype), index.shape)
+    target = jnp.where(index >= 0, index, rows)
+    empty = jnp.full((index.shape[0], rows), -1, index.dtype)
+    return jax.vmap(lambda e, t, s: e.at[t].set(s, mode="drop"))(empty, target, slots)
+
+
+class VisionBlocks(nnx.Module):
+    """All transformer blocks, stacked along a leading block axis B; one block without it."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        b, d, a, h, f = (
+            config.depth,
+            config.width,
+            config.heads,
+            config.head_dim,
+            config.mlp_width,
+        )
+        w = partial(parameter, rngs)
+        bias = partial(parameter, rngs, init="zeros")
+        norm = partial(parameter, rngs, init="ones")
+        embed, heads, mlp = "vision_embed", "vision_heads", "vision_mlp"
+        self.norm1 = norm((b, d), ("layers", "norm"))
+        self.qkv = w((b, d, 3, a, h), ("layers", embed, "qkv", heads, "head_dim"), d)
+        self.qkv_bias = bias((b, 3, a, h), ("layers", "qkv", heads, "head_dim"))
+        self.proj = w((b, a, h, d), ("layers", heads, "head_dim", embed), a * h)
+        self.proj_bias = bias((b, d), ("layers", "norm"))
+        self.norm2 = norm((b, d), ("layers", "norm"))
+        self.gate = w((b, d, f), ("layers", embed, mlp), d)
+        self.gate_bias = bias((b, f), ("layers", mlp))
+        self.up = w((b, d, f), ("layers", embed, mlp), d)
+        self.up_bias = bias((b, f), ("layers", mlp))
+        self.down = w((b, f, d), ("layers", mlp, embed), f)
+        self.down_bias = bias((b, d), ("layers", "norm"))
+
+    def query_key_value(self, x: Array, cos: Array, sin: Array) -> Array:
+        """[P, N, D] -> rotated [P, N, 3, A, H]; the rotation runs in float32, then casts back."""
+        y = rms_norm(x, self.norm1[...], _NORM_EPS)
+        qkv = project(y, self.qkv) + self.qkv_bias[...]
+        qk, v = qkv[:, :, :2].astype(jnp.float32), qkv[:, :, 2:]
+        qk = qk * cos[:, :, None, None] + rotate_half(qk) * sin[:, :, None, None]
+        return jnp.concatenate([qk.astype(v.dtype), v], axis=2)
+
+    def finish(self, x: Array, attended: Array) -> Array:
+        """Adds the projected attention [P, N, A, H] and the SwiGLU MLP to the stream [P, N, D]."""
+        x = x + project(attended, self.proj, axes=2) + self.proj_bias[...]
+        y = rms_norm(x, self.norm2[...], _NORM_EPS)
+        gate = jax.nn.silu(project(y, self.gate) + self.gate_bias[...])
+        up = project(y, self.up) + self.up_bias[...]
+        return x + project(gate * up, self.down) + self.down_bias[...]
+
+
+class VisionMerger(nnx.Module):
+    """Joins the four patches of a merged unit into one vector of the text model's width."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        d, o = config.width, config.out_width
+        e = d * config.merge_area
+        w = partial(parameter, rngs)
+        bias = partial(parameter, rngs, init="zeros")
+        self.norm = parameter(rngs, (d,), ("norm",), init="ones")
+        self.hidden = w((e, e), ("vision_embed", "vision_mlp"), e)
+        self.hidden_bias = bias((e,), ("vision_mlp",))
+        self.out = w((e, o), ("vision_mlp", "embed"), e)
+        self.out_bias = bias((o,), ("norm",))
+
+    def __call__(self, x: Array, merge_area: int) -> Array:
+        """[P, N, D] -> [P, U, O]."""
+        p, n, d = x.shape
+        y = rms_norm(x, self.norm[...], _NORM_EPS).reshape(p, n // merge_area, merge_area * d)
+        y = jax.nn.gelu(project(y, self.hidden) + self.hidden_bias[...], approximate=False)
+        return project(y, self.out) + self.out_bias[...]
+
+
+class VisionTower(nnx.Module):
+    """uint8 patches -> features that stand in for the prompt's image and video tokens."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.patch_embed = parameter(rngs, (config.patch_dim, config.width), ("patch", "vision_embed"), config.patch_dim)
+        self.blocks = VisionBlocks(config, rngs)
+        self.merger = VisionMerger(config, rngs)
+
+    def __call__(
+        self,
+        patches: Array,
+        patch_hw: Array,
+        window_index: Array,
+        frame_index: Array,
+        *,
+        remat: bool = False,
+    ) -> Array:
+        """Encodes the patches of P prompts.
+
+        Args:
+          patches: uint8[P, N, 1176] raw pixels, rows in (channel, frame, row, column) order, in
+            window order; the four patches of a merged unit side by side.
+          patch_hw: int32[P, N, 2] row and column of each patch in its frame.
+          window_index: int32[P, W, Q] the patches of each window, -1 for padding.
+          frame_index: int32[P, T, Q'] the patches of each frame, -1 for padding.
+          remat: recompute each block in the backward pass instead of keeping its activations.
+
+        Returns:
+          [P, U, O] features in window order, in the weights' dtype.
+        """
+        config = self.config
+        x = project(self.normalise(patches).astype(self.patch_embed[...].dtype), self.patch_embed)
+        cos, sin = self.rotary(patch_hw)
+        windows = _segments(window_index, patches.shape[1])
+        frames = _segments(frame_index, patches.shape[1])
+        block_def, block_params = nnx.split(self.blocks)
+        is_full = np.isin(np.arange(config.depth), config.full_attention_blocks)
+
+        def run_block(x: Array, scanned) -> tuple[Array, None]:
+            params, full = scanned
+            block = nnx.merge(block_def, params)
+            qkv = block.query_key_value(x, cos, sin)
+            attended = jax.lax.cond(
+                full,
+                lambda y: _attend_segments(y, *frames),
+                lambda y: _attend_segments(y, *windows),
+                qkv,
+            )
+            return block.finish(x, attended), None
+
+        body = jax.checkpoint(run_block, prevent_cse=False) if remat else run_block
+        x, _ = jax.lax.scan(body, x, (block_params, jnp.asarray(is_full)))
+        return self.merger(x, config.merge_area)
+
+    def normalise(self, patches: Array) -> Array:
+        """uint8[P, N, 1176] -> float32, by CLIP's mean and deviation of each channel."""
+        per_channel = self.config.patch_dim // 3
+        mean, std = (jnp.repeat(jnp.asarray(s), per_channel) for s in (PIXEL_MEAN, PIXEL_STD))
+        return (patches.astype(jnp.float32) - mean) / std
+
+    def rotary(self, patch_hw: Array) -> tuple[Array, Array]:
+        """float32[P, N, H] cosines and sines of the 2-D rotary embedding (no temporal part)."""
+        half = self.config.head_dim // 2
+        frequency = _ROPE_THETA ** -(np.arange(0, half, 2, dtype=np.float32) / half)  # [H/4]
+        angle = patch_hw.astype(jnp.float32)[..., None] * frequency  # [P, N, 2, H/4]
+        angle = angle.reshape(*patch_hw.shape[:-1], half)
+        angle = jnp.concatenate([angle, angle], axis=-1)
+        return jnp.cos(angle), jnp.sin(angle)
+
+
+def _segments(index: Array, rows: int) -> tuple[Array, Array]:
+    """(int32[P, R, Q], the inverse int32[P, N]) of a table of windows or frames."""
+    return index, invert(index.reshape(index.shape[0], -1), rows)
+
+
+def _attend_segments(qkv: Array, index: Array, inverse: Array) -> Array:
+    """Full attention inside each segment: [P, N, 3, A, H] -> [P, N, A, H]."""
+    p, r, q = index.shape
+    flat = index.reshape(p, r * q)
+    gathered = permute(qkv, flat, inverse).reshape(p, r, q, *qkv.shape[2:])
+    out = attend(
+        gathered[..., 0, :, :],
+        gathered[..., 1, :, :],
+        gathered[..., 2, :, :],
+        (index >= 0)[:, :, None, :],
+    )
+    return permute(out.reshape(p, r * q, *out.shape[3:]), inverse, flat)

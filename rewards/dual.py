@@ -1,0 +1,160 @@
+"""The dual reward: a weighted sum of format, choice and temporal IoU.
+
+A task earns the components it has: mcqa format and choice, tvg format and IoU, grounded video QA
+(gqa) all three. Every component is returned beside the total, so that each can be logged.
+
+P prompts, G completions per prompt, M ground-truth spans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data.records import LETTERS, TASKS, Record
+from rewards.choice import choice_reward
+from rewards.format import format_reward
+from rewards.parse import Answers, RewardError
+from rewards.temporal import temporal_iou
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardWeights:
+    """What each component adds to the total at its best, 0 to 1e6.
+
+    The default scores tvg as the paper does, 0.5 IoU + 0.5 format, and gives the choice the same.
+    Hashable: a static argument under `jax.jit`.
+    """
+
+    format: float = 0.5
+    choice: float = 0.5
+    iou: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, weight in dataclasses.asdict(self).items():
+            if not 0 <= weight <= 1e6:  # NaN fails too; the total stays finite in float32
+                raise RewardError(
+                    f"reward weight {name!r}: expected a number from 0 to 1e6, found {weight}."
+                )
+
+
+class Truth(NamedTuple):
+    """The right answers of P prompts."""
+
+    choice: np.ndarray | jax.Array  # i32[P], 0 is A; -1 where the task has no choice
+    spans: np.ndarray | jax.Array  # f32[P, M, 2], seconds, padded with NaN
+    has_choice: np.ndarray | jax.Array  # bool[P]
+    has_span: np.ndarray | jax.Array  # bool[P]
+    duration: np.ndarray | jax.Array  # f32[P], seconds, NaN where unknown; dual_reward needs none
+
+
+def truth_arrays(records: Sequence[Record], max_spans: int) -> Truth:
+    """The ground truth of P records as NumPy arrays of fixed shape.
+
+    `max_spans` is M, at least 1: the most spans that any record of the run has, so that every
+    step has the same shapes. What a task does not score is left out: an mcqa record's spans and a
+    tvg record's answer. Raises `RewardError`, naming the record, where the task is unknown, the
+    answer is not the letter of an option, a span is missing, negative, empty, reversed or past
+    1e6 seconds, or there are more than `max_spans`.
+    """
+    if max_spans < 1:
+        raise RewardError(f"max_spans: expected at least 1, found {max_spans}.")
+    count = len(records)
+    choice = np.full(count, -1, np.int32)
+    spans = np.full((count, max_spans, 2), np.nan, np.float32)
+    duration = np.full(count, np.nan, np.float32)
+    for p, record in enumerate(records):
+        if record.task not in TASKS:
+            raise RewardError(
+                f"record {record.id!r}, task: expected one of {', '.join(TASKS)}, "
+                f"found {record.task!r}."
+            )
+        if record.duration is not None:
+            duration[p] = record.duration
+        if record.task != "tvg":
+            choice[p] = _option_index(record)
+        if record.task != "mcqa":
+            _check_spans(record, max_spans)
+            spans[p, : len(record.spans)] = record.spans
+    has_choice = np.array([record.task != "tvg" for record in records], bool)
+    has_span = np.array([record.task != "mcqa" for record in records], bool)
+    return Truth(choice, spans, has_choice, has_span, duration)
+
+
+def dual_reward(
+    answers: Answers, truth: Truth, weights: RewardWeights
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Total reward f32[P, G] and its components {"format", "choice", "iou"}, each f32[P, G].
+
+    The total is finite and within [0, sum of the weights], the components within [0, 1]; NaN
+    marks a component that the task does not have, so that `nanmean` averages the right prompts.
+    Pure; under `jax.jit` the weights are static. Raises `RewardError` on shapes that disagree.
+
+        tvg, span [2, 6] against [0, 4], well formed, default weights
+        -> total 0.5 * 1 + 0.5 * 2/6, components format 1, choice NaN, iou 2/6
+    """
+    _check_shapes(answers, truth)
+    has_choice = jnp.asarray(truth.has_choice)[:, None]
+    has_span = jnp.asarray(truth.has_span)[:, None]
+    form = format_reward(answers.format_ok)
+    choice = choice_reward(answers.choice, truth.choice)
+    iou = temporal_iou(answers.span, truth.spans)
+    total = (
+        weights.format * form
+        + weights.choice * jnp.where(has_choice, choice, 0.0)
+        + weights.iou * jnp.where(has_span, iou, 0.0)
+    )
+    components = {
+        "format": form,
+        "choice": jnp.where(has_choice, choice, jnp.nan),
+        "iou": jnp.where(has_span, iou, jnp.nan),
+    }
+    return total, components
+
+
+def _option_index(record: Record) -> int:
+    letters = list(LETTERS[: len(record.options)])
+    if record.answer is None or record.answer not in letters:
+        raise RewardError(
+            f"record {record.id!r}, answer: expected the letter of one of its "
+            f"{len(letters)} options, found {record.answer!r}."
+        )
+    return letters.index(record.answer)
+
+
+def _check_spans(record: Record, max_spans: int) -> None:
+    if not 1 <= len(record.spans) <= max_spans:
+        raise RewardError(
+            f"record {record.id!r}, spans: expected 1 to {max_spans} (max_spans), "
+            f"found {len(record.spans)}."
+        )
+    for start, end in record.spans:
+        # Distinct in float32 as well; no time that can be parsed is larger than 1e6.
+        if not (0 <= start < end <= 1e6 and np.float32(start) < np.float32(end)):
+            raise RewardError(
+                f"record {record.id!r}, spans: expected 0 <= start < end <= 1e6 in seconds, "
+                f"found [{start}, {end}]."
+            )
+
+
+def _check_shapes(answers: Answers, truth: Truth) -> None:
+    prompts, group = np.shape(answers.format_ok)
+    found = {
+        "answers.choice": (np.shape(answers.choice), (prompts, group)),
+        "answers.span": (np.shape(answers.span), (prompts, group, 2)),
+        "truth.choice": (np.shape(truth.choice), (prompts,)),
+        "truth.spans": (np.shape(truth.spans), (prompts, *np.shape(truth.spans)[1:2], 2)),
+        "truth.has_choice": (np.shape(truth.has_choice), (prompts,)),
+        "truth.has_span": (np.shape(truth.has_span), (prompts,)),
+    }
+    for name, (shape, expected) in found.items():
+        if shape != expected:
+            raise RewardError(
+                f"dual_reward, {name}: expected shape {expected} beside answers.format_ok "
+                f"of shape {(prompts, group)}, found {shape}."
+            )

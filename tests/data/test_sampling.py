@@ -1,0 +1,174 @@
+"""The step plan: a pure function of (seed, step) that gives every item its turn."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from data.sampling import PlanError, StepPlan, permutation
+
+PERMUTATION = [3, 2, 4, 6, 5, 7, 1, 0]
+STEPS = [[9, 8, 6], [0, 2, 1], [4, 3, 1], [5, 7, 10], [11, 5, 6], [3, 0, 4]]
+
+sizes = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
+
+
+def plan_of(sizes: list[int], prompts: int, seed: int = 0) -> StepPlan:
+    """Buckets of these sizes; item numbers are not their places."""
+    starts = np.cumsum([0, *sizes])
+    buckets = [range(100 + a, 100 + b) for a, b in zip(starts, starts[1:], strict=False)]
+    return StepPlan(buckets, prompts, seed)
+
+
+@given(sizes, st.integers(1, 9), st.integers(0, 2**40), st.integers(0, 10_000))
+def test_a_step_holds_items_of_its_bucket_only(
+    sizes: list[int], prompts: int, seed: int, step: int
+) -> None:
+    plan = plan_of(sizes, prompts, seed)
+    bucket, items = plan.step(step)
+    assert len(items) == prompts
+    assert set(items) <= set(plan.buckets[bucket])
+
+
+@given(sizes, st.integers(1, 9), st.integers(0, 5))
+def test_after_every_epoch_every_item_was_seen_that_often_and_at_most_once_more(
+    sizes: list[int], prompts: int, seed: int
+) -> None:
+    plan = plan_of(sizes, prompts, seed)
+    seen: Counter[int] = Counter()
+    for epoch in range(3):
+        for step in range(plan.first_step(epoch), plan.first_step(epoch + 1)):
+            assert plan.epoch(step) == epoch
+            seen.update(plan.step(step).items)
+        for items in plan.buckets:
+            surplus = [seen[item] - (epoch + 1) for item in items]
+            # At most one step of the bucket reaches into its next epochs.
+            assert all(0 <= more <= -(-prompts // len(items)) for more in surplus)
+            assert sum(surplus) < prompts
+
+
+@given(st.integers(1, 9), st.integers(0, 30), st.integers(0, 5))
+def test_a_bucket_is_a_sequence_of_whole_permutations(prompts: int, more: int, seed: int) -> None:
+    size = prompts + more
+    plan = plan_of([size], prompts, seed)
+    drawn = [item for step in range(3 * size) for item in plan.step(step).items]
+    epochs = [drawn[i : i + size] for i in range(0, len(drawn), size)]
+    assert all(sorted(epoch) == list(plan.buckets[0]) for epoch in epochs)
+    if size > 8:
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+@given(st.integers(1, 9), st.integers(0, 20), st.integers(0, 5))
+def test_a_step_across_two_epochs_holds_no_item_twice(prompts: int, more: int, seed: int) -> None:
+    plan = plan_of([2 * prompts - 1 + more], prompts, seed)
+    for step in range(120):
+        assert len(set(plan.step(step).items)) == prompts
+
+
+def test_a_bucket_smaller_than_a_step_repeats_its_items() -> None:
+    plan = plan_of([3], prompts=8)
+    assert set(Counter(plan.step(0).items).values()) <= {2, 3}
+
+
+def test_a_step_does_not_depend_on_what_was_asked_before() -> None:
+    plan = plan_of([30, 7, 12], 4, seed=3)
+    forward = [plan.step(step) for step in range(60)]
+    fresh = pickle.loads(pickle.dumps(plan_of([30, 7, 12], 4, seed=3)))
+    assert [fresh.step(step) for step in reversed(range(60))] == forward[::-1]
+
+
+def test_another_seed_is_another_plan() -> None:
+    plans = [[plan_of([30, 20], 4, seed).step(step) for step in range(5)] for seed in range(5)]
+    assert len({str(plan) for plan in plans}) == 5
+
+
+def test_buckets_take_turns_at_random_in_proportion_to_their_sizes() -> None:
+    plan = plan_of([80, 0, 240], prompts=4)
+    buckets = [plan.step(step).bucket for step in range(plan.first_step(1))]
+    assert Counter(buckets) == {0: 20, 2: 60}
+    changes = sum(a != b for a, b in zip(buckets, buckets[1:], strict=False))
+    assert 15 < changes < 40  # 30 expected of a random order, 1 of sorted buckets
+    second = [plan.step(step).bucket for step in range(plan.first_step(1), plan.first_step(2))]
+    assert second != buckets
+
+
+def test_items_are_shuffled_without_preference() -> None:
+    # Over many seeds each of 6 items stands first as often: chi-squared, 5 degrees of freedom.
+    first = Counter(plan_of([6], 1, seed).step(0).items[0] for seed in range(3000))
+    assert sum((count - 500) ** 2 / 500 for count in first.values()) < 25.7  # p = 1e-4
+
+
+def test_a_plan_is_the_same_on_every_machine() -> None:
+    # Written down once: a resumed run must not change its data with a NumPy release.
+    assert permutation(8, 7, 0, 3).tolist() == PERMUTATION
+    plan = StepPlan([range(5), range(5, 12)], prompts=3, seed=11)
+    assert [plan.step(step).items for step in range(6)] == STEPS
+
+
+def test_the_docstring_tells_the_truth() -> None:
+    plan = StepPlan([range(5)], prompts=2, seed=0)
+    steps = " ".join(str(plan.step(step).items) for step in range(5))
+    assert StepPlan.__doc__ is not None and steps in StepPlan.__doc__
+
+
+@given(sizes, st.integers(1, 9), st.integers(0, 300), st.data())
+def test_replacements_try_every_other_item_of_the_bucket_outsiders_first(
+    sizes: list[int], prompts: int, step: int, data: st.DataObject
+) -> None:
+    plan = plan_of(sizes, prompts)
+    bucket, items = plan.step(step)
+    slot = data.draw(st.integers(0, prompts - 1))
+    others = set(plan.buckets[bucket]) - {items[slot]}
+    tried = [plan.replacement(step, slot, attempt) for attempt in range(len(others))]
+    assert set(tried) == others
+    outsiders = len(set(plan.buckets[bucket]) - set(items))
+    assert not set(tried[:outsiders]) & set(items)
+    with pytest.raises(LookupError, match="no item left"):
+        plan.replacement(step, slot, len(others))
+
+
+@given(st.integers(2, 9), st.integers(0, 40), st.integers(0, 300))
+def test_two_bad_items_of_a_step_are_replaced_by_different_ones(
+    prompts: int, more: int, step: int
+) -> None:
+    assume(more > 0)
+    plan = plan_of([2 * prompts + more], prompts)
+    first = [plan.replacement(step, slot, 0) for slot in range(prompts)]
+    assert len(set(first)) == prompts
+
+
+def test_replacements_differ_from_step_to_step_and_repeat_for_the_same_one() -> None:
+    a, b = plan_of([50], 4, seed=1), plan_of([50], 4, seed=1)
+    found = [a.replacement(step, 2, 0) for step in range(20)]
+    assert [b.replacement(step, 2, 0) for step in reversed(range(20))] == found[::-1]
+    assert len(set(found)) > 8
+
+
+def test_a_large_bucket_is_planned_quickly() -> None:
+    # 200,000 items: a permutation is sorted once an epoch, not once a step.
+    plan = plan_of([200_000], 16)
+    steps = [plan.step(step).items for step in range(2000)]
+    assert len({item for items in steps for item in items}) == 32_000
+
+
+@pytest.mark.parametrize(
+    ("buckets", "prompts", "seed", "expected"),
+    [
+        ([[], []], 4, 0, "at least one item"),
+        ([[1, 2], [2]], 4, 0, "item 2 again"),
+        ([[1]], 0, 0, "prompts: expected at least 1"),
+        ([[1]], 1, -1, "seed: expected at least 0"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(
+    buckets: list[list[int]], prompts: int, seed: int, expected: str
+) -> None:
+    with pytest.raises(PlanError, match=expected):
+        StepPlan(buckets, prompts, seed)
+    with pytest.raises(PlanError, match="step: expected at least 0"):
+        StepPlan([[1]], 1, 0).step(-1)

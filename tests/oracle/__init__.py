@@ -1,0 +1,1 @@
+"""The other side of every numerical comparison: code that is not ours."""

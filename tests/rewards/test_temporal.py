@@ -1,0 +1,129 @@
+"""Temporal IoU, against exact arithmetic on the elementary intervals between all end points."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewards.temporal import temporal_iou
+
+NAN, INF = np.nan, np.inf
+Spans = list[tuple[float, float]]
+
+
+def exact_iou(prediction: tuple[float, float], truth: Spans) -> Fraction:
+    """Between two neighbouring end points a point is in the spans or not: add up what is."""
+    if not np.isfinite(prediction).all() or prediction[1] <= prediction[0]:
+        return Fraction(0)
+    points = sorted({Fraction(x) for span in [prediction, *truth] for x in span})
+    both = either = Fraction(0)
+    for left, right in pairwise(points):
+        middle = (left + right) / 2
+        predicted = prediction[0] < middle < prediction[1]
+        true = any(start < middle < end for start, end in truth)
+        both += (right - left) * (predicted and true)
+        either += (right - left) * (predicted or true)
+    return both / either
+
+
+def iou(prediction: tuple[float, float], truth: Spans, padding: int = 0) -> float:
+    padded = truth + [(NAN, NAN)] * padding
+    result = temporal_iou(np.array([[prediction]]), np.array([padded]))
+    assert result.shape == (1, 1) and result.dtype == np.float32
+    return float(result[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "expected"),
+    [
+        ((3, 7), [(3, 7)], 1),
+        ((2, 6), [(0, 4)], 2 / 6),
+        ((0, 10), [(2, 4)], 0.2),  # the whole video is legal and earns its true IoU
+        ((0, 1000), [(2, 4)], 0.002),  # past the end of the video: never clipped
+        ((5, 6), [(0, 4)], 0),
+        ((4, 6), [(0, 4)], 0),  # touching
+        ((0, 5), [(0, 4), (3, 5)], 1),  # overlapping true spans count once
+        ((0, 5), [(3, 5), (0, 4)], 1),
+        ((0, 5), [(0, 5), (1, 2), (1, 2)], 1),
+        ((0, 9), [(0, 4), (5, 9)], 8 / 9),
+        ((2, 7), [(0, 4), (6, 9)], 3 / 9),
+    ],
+)
+def test_iou_is_intersection_over_union(
+    prediction: tuple[float, float], truth: Spans, expected: float
+) -> None:
+    assert iou(prediction, truth) == pytest.approx(expected, abs=1e-6)
+    assert iou(prediction, truth, padding=3) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [(7, 3), (3, 3), (0, 0), (NAN, NAN), (NAN, 7), (3, NAN), (3, INF), (-INF, INF), (INF, INF)]
+    + [(-3e38, 3e38)],  # finite ends, but an infinite length in float32
+    ids=str,
+)
+def test_a_missing_reversed_empty_or_infinite_span_earns_nothing(
+    prediction: tuple[float, float],
+) -> None:
+    assert iou(prediction, [(3, 7)], padding=1) == 0
+    assert iou(prediction, [(3, 3)]) == 0
+    assert iou(prediction, [(-3e38, 3e38)]) == 0
+
+
+def test_rounding_never_lifts_a_perfect_span_above_one() -> None:
+    # Adding up two overlapping spans rounds to more than their hull for about 1 % of such spans.
+    ends = np.sort(np.random.default_rng(0).uniform(0, 100, (20_000, 4)).round(2), -1)
+    prediction, truth = ends[:, None, [0, 3]], ends[:, [[0, 2], [1, 3]]]
+    np.testing.assert_allclose(temporal_iou(prediction, truth), 1, rtol=1e-6)
+    assert float(temporal_iou(prediction, truth).max()) == 1
+
+
+@pytest.mark.parametrize("truth", [[(NAN, NAN)], [(3.0, 3.0)], [(7.0, 3.0)]], ids=str)
+def test_without_a_true_span_nothing_is_earned_and_nothing_is_nan(truth: Spans) -> None:
+    assert iou((3, 7), truth) == 0
+
+
+TENTHS = st.integers(0, 300).map(lambda n: n / 10)
+ANY_SPAN = st.tuples(TENTHS, TENTHS)
+TRUE_SPAN = ANY_SPAN.filter(lambda s: s[0] != s[1]).map(lambda s: (min(s), max(s)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(ANY_SPAN, st.lists(TRUE_SPAN, min_size=1, max_size=4))
+def test_iou_agrees_with_exact_arithmetic(prediction: tuple[float, float], truth: Spans) -> None:
+    found = iou(prediction, truth, padding=4 - len(truth))
+    assert found == pytest.approx(float(exact_iou(prediction, truth)), abs=2e-6)
+    assert 0 <= found <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.tuples(st.floats(width=32), st.floats(width=32)),
+    st.lists(st.tuples(st.floats(width=32), st.floats(width=32)), min_size=2, max_size=2),
+)
+def test_iou_of_any_floats_is_finite_and_within_bounds(
+    prediction: tuple[float, float], truth: Spans
+) -> None:
+    assert 0 <= iou(prediction, truth) <= 1
+
+
+def test_a_batch_is_scored_prompt_by_prompt_and_the_same_under_jit() -> None:
+    rng = np.random.default_rng(0)
+    prompts, group, spans = 7, 5, 3
+    prediction = rng.uniform(0, 30, (prompts, group, 2)).astype(np.float32)
+    truth = np.sort(rng.uniform(0, 30, (prompts, spans, 2)), -1).astype(np.float32)
+    truth[::2, -1] = NAN
+    found = temporal_iou(prediction, truth)
+    assert found.shape == (prompts, group)
+    for p in range(prompts):
+        real = [(float(s), float(e)) for s, e in truth[p] if np.isfinite(s)]
+        for g in range(group):
+            start, end = map(float, prediction[p, g])
+            assert found[p, g] == pytest.approx(float(exact_iou((start, end), real)), abs=1e-5)
+    np.testing.assert_allclose(jax.jit(temporal_iou)(prediction, truth), found, rtol=1e-6)
