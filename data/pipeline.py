@@ -13,7 +13,9 @@ P prompts in a step, R of them (`rows`) on this host.
 
 from __future__ import annotations
 
+import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final, Generic, NamedTuple, Self, TypeVar
@@ -33,6 +35,7 @@ Prompts = TypeVar("Prompts")
 MOST_ATTEMPTS: Final = 64
 
 _FAILURES_SHOWN: Final = 5
+_WORKERS_END_WITHIN: Final = 10.0  # seconds
 
 
 class LoadError(RuntimeError):
@@ -91,8 +94,8 @@ def batches(
     A `VideoError` from `load` puts `plan.replacement` in the item's place, again until one loads;
     the batch lists them as failures. Anything else that `load` raises ends the iteration.
 
-    Reading begins with the first batch asked for. Up to `prefetch` steps of examples are loaded
-    ahead; beyond them one collated batch waits and another may be in the making.
+    Reading begins with the first batch asked for. Then up to `prefetch` steps of examples are
+    loaded ahead, and one more is collated.
 
     Args:
       plan: which items each step takes.
@@ -125,7 +128,7 @@ def batches(
     dataset = grain.MapDataset.source(source).map(_Load(plan, load, ids))
     examples = _read_ahead(dataset, prefetch * len(slots), threads, workers)
     steps = iter(examples.batch(len(slots), batch_fn=_Assemble(plan, collate)))
-    return Batches(steps, start_step, num_steps, background=prefetch > 0, workers=workers > 0)
+    return Batches(_Ahead(steps, workers > 0) if prefetch else steps, start_step, num_steps)
 
 
 def _read_ahead(
@@ -154,37 +157,28 @@ def _read_ahead(
 class Batches(Iterator[Batch]):
     """The iterator that `batches` returns; close it, or use it in a with statement.
 
-    Closing stops threads and workers. It waits at most for the examples being loaded, and with
-    workers for the batch being made. The end of the iteration and an error close it too.
+    The end of the iteration and an error close it too.
 
     Attributes:
       next_step: the step of the next batch: all there is to save for resuming.
     """
 
     def __init__(
-        self,
-        steps: grain.DatasetIterator,
-        start_step: int,
-        num_steps: int,
-        *,
-        background: bool,
-        workers: bool,
+        self, source: grain.DatasetIterator | _Ahead, start_step: int, num_steps: int
     ) -> None:
         self.next_step = start_step
         self._stop_step = start_step + num_steps
-        self._workers = workers
-        self._steps: grain.DatasetIterator | None = steps
-        # Collates the next batch while the caller works with this one.
-        self._ahead: grain.DatasetIterator | None = (
-            grain.experimental.ThreadPrefetchDatasetIterator(steps, int(background))
-        )
+        self._source: grain.DatasetIterator | _Ahead | None = source
+        # Also when it is forgotten, or the program ends.
+        self._close = weakref.finalize(self, source.close)
 
     def __next__(self) -> Batch:
-        if self._ahead is None or self.next_step == self._stop_step:
+        source = self._source
+        if source is None or self.next_step == self._stop_step:
             self.close()
             raise StopIteration
         try:
-            batch: Batch = next(self._ahead)
+            batch: Batch = next(source)
         except BaseException:
             self.close()
             raise
@@ -192,17 +186,14 @@ class Batches(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Stops reading; further batches are not made. Safe to call again."""
-        if self._ahead is None or self._steps is None:
-            return
-        if not self._workers:
-            # Before its user, the collating thread, which would else load the rest of its batch.
-            self._steps.close()
-        # With workers that thread must have ended before: closed under its feet, Grain's iterator
-        # leaves it waiting for ever.
-        self._ahead.close()
+        """Stops reading; further batches are not made. Safe to call again, and from any thread.
+
+        Threads end by themselves after the example they are loading; worker processes are given
+        10 s to.
+        """
+        self._close()
         # Grain's iterators complain when they are collected only as the interpreter ends.
-        self._ahead = self._steps = None
+        self._source = None
 
     def __enter__(self) -> Self:
         return self
@@ -214,6 +205,63 @@ class Batches(Iterator[Batch]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class _Ahead:
+    """Makes the next batch in a thread, while the caller works with this one.
+
+    Grain has a prefetching thread as well, but closing that one waits for the batch in the making,
+    for ever if a decoder hangs, and a caller that waits for a batch meanwhile is not woken.
+    """
+
+    def __init__(self, steps: grain.DatasetIterator, workers: bool) -> None:
+        self._steps = steps
+        self._workers = workers
+        self._changed = threading.Condition()
+        self._made: Batch | BaseException | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._make, name="collate", daemon=True)
+
+    def __next__(self) -> Batch:
+        with self._changed:
+            if self._thread.ident is None and not self._closed:
+                self._thread.start()
+            self._changed.wait_for(lambda: self._closed or self._made is not None)
+            made, self._made = self._made, None
+            self._changed.notify_all()
+        if made is None:
+            raise StopIteration  # closed
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    def _make(self) -> None:
+        made: Batch | BaseException | None = None
+        while not isinstance(made, BaseException):
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._made is None)
+                if self._closed:
+                    break
+            try:
+                made = next(self._steps)
+            except BaseException as error:  # noqa: BLE001  StopIteration too: the caller raises it
+                made = error
+            with self._changed:
+                self._made = made
+                self._changed.notify_all()
+        # In this thread: closed under the feet of one that reads, Grain's iterator over worker
+        # processes leaves it waiting for ever.
+        self._steps.close()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._made = None
+            self._changed.notify_all()
+        if not self._workers:
+            self._steps.close()  # else the thread would first load the rest of its batch
+        elif self._thread.ident is not None:
+            self._thread.join(_WORKERS_END_WITHIN)
 
 
 class _Slots:

@@ -8,7 +8,8 @@ constant span, the most frequent letter, and the same questions about other item
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,12 @@ from jax import Array
 from jax.sharding import Mesh
 
 from data.pipeline import batches
-from data.records import Record
+from data.records import Record, write_atomically
 from data.sampling import OnePass
 from jaxgrpo.config import Config
-from jaxgrpo.inputs import Dataset, Inputs, PromptCollator, PromptLoader, prepare
-from jaxgrpo.policy import Params, Policy, open_policy
+from jaxgrpo.inputs import Dataset, Inputs, PromptCollator, PromptLoader, describe, prepare
+from jaxgrpo.load import open_policy, open_processor
+from jaxgrpo.policy import Params, Policy
 from jaxgrpo.programs import (
     answer_shapes,
     prompt_shapes,
@@ -33,13 +35,45 @@ from jaxgrpo.programs import (
     truth_shapes,
 )
 from jaxgrpo.rollout import Rollout, Sampling
-from jaxgrpo.run import Setup, open_run_model, start
-from jaxgrpo.sharding import gather_to_host, process_rows, put_prompts, put_scalar
-from models.qwen2_5_vl.processor import Processor
+from jaxgrpo.sharding import (
+    SAMPLER_RULES,
+    check_divides,
+    gather_to_host,
+    make_mesh,
+    param_shardings,
+    process_rows,
+    put_prompts,
+    put_scalar,
+    start_processes,
+)
 from rewards.dual import truth_arrays
 from rewards.parse import parse_batch
 
 THRESHOLDS = (0.3, 0.5, 0.7)  # of R1@IoU, as in temporal grounding
+
+
+def main(config: Config) -> None:
+    """`jaxgrpo eval CONFIG`: scores `model.path`, a model directory or a run, and prints a table."""
+    start_processes()
+    mesh = make_mesh(config.mesh)
+    processor = open_processor(config)
+    check_divides(mesh, processor.config, {"eval.batch": config.eval.batch})
+    inputs = prepare(config, processor, train=False, evaluation=True)
+    policy, params = open_policy(
+        config.model, processor, mesh, temperature=0.0, seed=config.seed
+    )
+    publish = publish_program(policy, param_shardings(processor.config, mesh, SAMPLER_RULES))
+    sampler = publish(params, {})
+    programs = compile_eval(config, mesh, policy, inputs, sampler)
+    metrics, predictions = evaluate(config, mesh, programs, sampler, inputs)
+    if jax.process_index() == 0:
+        print(describe(inputs))
+        print(table({config.model.path: metrics}))
+        out = Path(config.run_dir)
+        write_atomically(out / "eval.json", json.dumps(metrics, indent=2) + "\n")
+        lines = [json.dumps(sample(p), ensure_ascii=False) for p in predictions]
+        write_atomically(out / "predictions.jsonl", "\n".join(lines) + "\n")
+        print(f"wrote {out / 'eval.json'} and {out / 'predictions.jsonl'}")
 
 
 class EvalPrograms(NamedTuple):
@@ -238,31 +272,34 @@ def _merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return merged
 
 
-def _mean(values: Any) -> float:
+def _mean(values: Iterable[Any]) -> float:
     numbers = [float(value) for value in values]
     return sum(numbers) / len(numbers) if numbers else float("nan")
 
 
-def samples(predictions: Sequence[Prediction], count: int) -> list[dict[str, Any]]:
-    """The first predictions of each task as lines of completions.jsonl, `count` in all or fewer."""
-    per_task: dict[str, list[Prediction]] = {}
+def first_of_each_task(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
+    """`count` predictions or fewer, shared out over the tasks."""
+    by_task: dict[str, list[Prediction]] = {}
     for prediction in predictions:
-        per_task.setdefault(prediction.record.task, []).append(prediction)
-    share = -(-count // max(len(per_task), 1))
-    chosen = [p for group in per_task.values() for p in group[:share]][:count]
-    return [
-        {
-            "id": p.record.id,
-            "question": p.record.question,
-            "truth": truth_text(p.record),
-            "completion": p.text,
-            "reward/total": p.total,
-            "reward/format": p.format,
-            "reward/choice": p.choice,
-            "reward/iou": p.iou,
-        }
-        for p in chosen
-    ]
+        by_task.setdefault(prediction.record.task, []).append(prediction)
+    share = -(-count // max(len(by_task), 1))
+    return [p for group in by_task.values() for p in group[:share]][:count]
+
+
+def sample(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as a line for people to read: question, right answer, completion, rewards."""
+    record = prediction.record
+    line = {
+        "id": record.id,
+        "question": record.question,
+        "truth": truth_text(record),
+        "completion": prediction.text,
+        "reward/total": prediction.total,
+        "reward/format": prediction.format,
+        "reward/choice": prediction.choice,
+        "reward/iou": prediction.iou,
+    }
+    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in line.items()}
 
 
 def truth_text(record: Record) -> str:

@@ -7,23 +7,17 @@ Legend: P prompts, G completions per prompt, C completion tokens, D width, V voc
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict
 from jax import Array
-from jax.sharding import Mesh
 
-from jaxgrpo.config import ModelSection
-from jaxgrpo.sharding import param_shardings, put_global
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.model import Qwen2_5_VL, abstract_model, random_params
-from models.qwen2_5_vl.processor import Processor, Prompt
-from models.qwen2_5_vl.weights import load
+from models.qwen2_5_vl.model import Qwen2_5_VL
+from models.qwen2_5_vl.processor import Prompt
 
 Params = dict[str, Any]
 NEVER = -1e30  # the logit of an id that is never sampled
@@ -136,69 +130,3 @@ class Policy(NamedTuple):
         return token_log_probs(
             model, hidden, completions, self.vocabulary, self.temperature, self.logit_chunk
         )
-
-
-# Special tokens that a completion may hold: it ends with the first; the others are text to Qwen.
-_END_OF_TURN = "<|im_end|>"
-
-
-def find_model(path: str) -> Path:
-    """The directory of a model: `path` itself, or the download of the hub id that it is.
-
-    Raises:
-      FileNotFoundError: it looks like a path and does not exist.
-    """
-    directory = Path(path)
-    if directory.is_dir():
-        return directory
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise FileNotFoundError(
-            f"model.path {path!r} is not a directory, and not a hub id such as "
-            "Qwen/Qwen2.5-VL-3B-Instruct"
-        )
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-    return Path(snapshot_download(path, allow_patterns=patterns))
-
-
-def vocabulary_of(processor: Processor) -> Vocabulary:
-    """What may be emitted: the tokenizer's ids but its special ones, and the end of turn."""
-    vocab = processor.config.text.vocab
-    tokenizer = processor.tokenizer
-    usable = np.zeros(vocab, bool)
-    usable[list(tokenizer.get_vocab().values())] = True
-    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-    usable[special] = False
-    end = tokenizer.convert_tokens_to_ids(_END_OF_TURN)
-    usable[end] = True
-    return Vocabulary(usable, (end,), processor.pad_id)
-
-
-def open_policy(
-    section: ModelSection, directory: Path, processor: Processor, mesh: Mesh, temperature: float,
-    seed: int,
-) -> tuple[Policy, Params]:
-    """The policy of a run and its initial master weights, float32, sharded over the mesh.
-
-    Raises:
-      WeightError, FileNotFoundError: see `models.qwen2_5_vl.weights.load`.
-    """
-    config = processor.config
-    graphdef, _ = abstract_model(config)
-    shardings = param_shardings(config, mesh)
-    if section.init == "random":
-        params = random_params(config, seed, shardings)
-    else:
-        flat = flatten_dict(shardings)
-        params = load(directory, config, place=lambda array, path: put_global(array, flat[path]))
-    policy = Policy(
-        config=config,
-        graphdef=graphdef,
-        vocabulary=vocabulary_of(processor),
-        temperature=temperature,
-        compute_dtype=jnp.dtype(section.compute_dtype),
-        remat=section.remat == "layer",
-        logit_chunk=section.logit_chunk,
-    )
-    return policy, params

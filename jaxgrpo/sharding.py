@@ -7,12 +7,15 @@ declares. One device is the 1 x 1 x 1 mesh: there is no other code path.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgrpo.config import ConfigError, MeshSection
@@ -41,6 +44,25 @@ RULES: dict[str, str | None] = {
 # The sampler's copy is not split over fsdp: gathering weights for every token would swamp the
 # network.
 SAMPLER_RULES = {axis: (None if mesh == FSDP else mesh) for axis, mesh in RULES.items()}
+
+
+def start_processes() -> None:
+    """Joins the other processes of the job, if the environment says that there are any.
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them; without the first this
+    process is alone. Call it before anything touches a device.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None or jax.distributed.is_initialized():
+        return
+    try:
+        count, index = (int(os.environ[k]) for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be "
+            f"numbers too: {error}"
+        ) from error
+    jax.distributed.initialize(address, count, index)
 
 
 def make_mesh(config: MeshSection, devices: Any = None) -> Mesh:
@@ -176,6 +198,18 @@ def gather_to_host(tree: Any) -> Any:
     """Global arrays -> whole NumPy arrays on every process (a collective)."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, jax.device_get(tree))
-    from jax.experimental import multihost_utils
-
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Each process's JSON-like value, in the order of the processes, on all of them."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(text)])).ravel()
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(text)] = text
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [
+        json.loads(row[:size].tobytes().decode()) for row, size in zip(rows, sizes, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""GRPO training: `jaxgrpo train CONFIG`. Reads like the algorithm, from top to bottom.
+"""GRPO training: `jaxgrpo train CONFIG`. `main` reads like the algorithm, from top to bottom.
 
 Legend: P prompts in a step, G completions per prompt, C completion tokens.
 """
@@ -6,150 +6,155 @@ Legend: P prompts in a step, G completions per prompt, C completion tokens.
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from data.pipeline import batches
+from data.records import Record
 from data.sampling import StepPlan
-from jaxgrpo import evaluate, metrics, run
+from jaxgrpo import evaluate
 from jaxgrpo.config import Config
-from jaxgrpo.inputs import PromptCollator, PromptLoader, prepare
+from jaxgrpo.inputs import Inputs, PromptCollator, PromptLoader, describe, prepare
+from jaxgrpo.load import open_policy, open_processor
+from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.programs import (
+    Scores,
     answer_shapes,
     compile_train,
+    init_program,
     publish_program,
     score_program,
     truth_shapes,
 )
+from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
+    SAMPLER_RULES,
     check_divides,
     gather_to_host,
+    make_mesh,
+    param_shardings,
     process_rows,
     put_prompts,
     put_scalar,
+    start_processes,
 )
-from jaxgrpo.update import UpdateBatch, init_program, make_optimizer, split_frozen
+from jaxgrpo.update import UpdateBatch, make_optimizer, split_frozen
 from rewards.dual import truth_arrays
 from rewards.parse import parse_batch
 
 
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+class NonFiniteError(ValueError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
 def main(config: Config) -> None:
-    """Trains, evaluates before and after, and leaves a run directory to resume, read and export."""
+    """Evaluates, trains and evaluates again; leaves a run directory to resume, read and export."""
     # ---- machine: processes, mesh ----
-    mesh = run.start(config)
-    prompts, group = config.rollout.prompts, config.rollout.group
-    micro = prompts // config.optim.accumulate
-    say = run.Console()
+    start_processes()
+    mesh = make_mesh(config.mesh)
+    prompts = config.rollout.prompts
+    rows = process_rows(mesh, prompts)  # of each batch, those that this process feeds
 
-    with metrics.CompileCounter() as compilations, run.RunDir(config, "train") as folder:
+    with CompileCounter() as compilations, RunDir(config, "train") as run:
         # ---- data: manifests, probes, buckets ----
-        model_dir = run.find_model(config.model.path)
-        processor = run.open_processor(config, model_dir)
+        processor = open_processor(config)
         check_divides(
             mesh,
             processor.config,
-            {"rollout.prompts / optim.accumulate": micro, "eval.batch": config.eval.batch},
+            {
+                "rollout.prompts / optim.accumulate": prompts // config.optim.accumulate,
+                "eval.batch": config.eval.batch,
+            },
         )
-        saved = folder.saved_data()
-        inputs = prepare(
-            config, processor, train=True, evaluation=True, excluded=saved.get("excluded", ())
-        )
+        inputs = prepare(config, processor, train=True, evaluation=True, excluded=run.excluded)
+        run.excluded = inputs.excluded
         assert inputs.train is not None
-        say(run.describe_data(inputs))
+        say(describe(inputs))
 
         # ---- weights: policy, reference, optimiser ----
-        policy, params = run.open_policy(config, model_dir, processor, mesh)
+        policy, params = open_policy(
+            config.model,
+            processor,
+            mesh,
+            temperature=config.rollout.temperature,
+            seed=config.seed,
+        )
         optimizer = make_optimizer(config.optim, config.train.steps)
         trained, frozen = split_frozen(params, config.model.freeze_vision)
         reference = params if config.grpo.kl else None
-        state = init_program(mesh, optimizer, trained)(trained)
-        first_step = folder.first_step
-        if first_step:
-            state = folder.restore(state)
+        state = run.restore(init_program(mesh, optimizer, trained)(trained))
+        del params, trained
 
         # ---- programs: everything is compiled before the first step ----
-        say(f"compiling for {len(inputs.buckets)} bucket(s) of {config.data.buckets} tokens ...")
         started = time.perf_counter()
-        publish = publish_program(policy, run.sampler_shardings(processor.config, mesh))
+        say(f"compiling for prompts of at most {list(config.data.buckets)} tokens ...")
+        publish = publish_program(policy, param_shardings(policy.config, mesh, SAMPLER_RULES))
         publish = publish.lower(state.params, frozen).compile()
         sampler = publish(state.params, frozen)
         programs = [
             compile_train(config, mesh, policy, bucket, optimizer, state, frozen, sampler)
             for bucket in inputs.buckets
         ]
-        score = (
-            score_program(mesh, config.reward, config.grpo.divide_by_std)
-            .lower(
-                answer_shapes(mesh, prompts, group), truth_shapes(mesh, prompts, inputs.max_spans)
-            )
-            .compile()
-        )
+        score = score_program(mesh, config.reward, config.grpo.divide_by_std)
+        score = score.lower(
+            answer_shapes(mesh, prompts, config.rollout.group),
+            truth_shapes(mesh, prompts, inputs.max_spans),
+        ).compile()
         eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, sampler)
         say(f"compiled in {time.perf_counter() - started:.0f} s")
 
         # ---- evaluation before the first step ----
-        if first_step == 0:
-            run.evaluate_and_log(0, config, mesh, eval_programs, sampler, inputs, folder)
+        scores_before: dict[str, float] = {}
+        if run.first_step == 0:
+            scores_before = run_evaluation(0, config, mesh, eval_programs, sampler, inputs, run)
 
-        # ---- the loop ----
-        plan = StepPlan(inputs.train.buckets, prompts, config.seed)
-        rows = process_rows(mesh, prompts)
+        # ---- data: the step plan, loaded ahead ----
         loader = batches(
-            plan,
+            StepPlan(inputs.train.buckets, prompts, config.seed),
             PromptLoader(processor, inputs.train.records, config.data),
             PromptCollator(inputs.buckets, processor.pad_id),
-            start_step=first_step,
-            num_steps=config.train.steps - first_step,
+            start_step=run.first_step,
+            num_steps=config.train.steps - run.first_step,
             rows=rows,
             threads=config.data.threads,
             workers=config.data.workers,
             prefetch=config.data.prefetch,
             ids=[record.id for record in inputs.train.records],
         )
+        progress = Progress("GRPO", config.train.steps, run.first_step)
         seed = put_scalar(mesh, config.seed)
-        progress = metrics.Progress("GRPO", config.train.steps, first_step)
         with loader:
             batch = next(loader, None)
-            device_prompts = put_prompts(mesh, batch.prompts) if batch else None
+            on_device = put_prompts(mesh, batch.prompts) if batch else None
             while batch is not None:
-                step = batch.step
-                clock = run.Clock()
-                executables = programs[batch.bucket]
+                step, records = batch.step, [inputs.train.records[item] for item in batch.items]
+                program = programs[batch.bucket]
+                begun = time.perf_counter()
 
-                # -- rollout: the video once, the prompt once, G completions --
-                rollout, features = executables.rollout(
-                    sampler, device_prompts, seed, put_scalar(mesh, step)
+                # ---- rollout: the video once, the prompt once, G completions ----
+                rollout, features = program.rollout(
+                    sampler, on_device, seed, put_scalar(mesh, step)
                 )
                 ref_logp = None
-                if reference is not None and executables.reference is not None:
-                    ref_logp = executables.reference(
-                        reference, device_prompts, features, rollout.tokens
-                    )
-                tokens, lengths, finished = gather_to_host(
-                    (rollout.tokens, rollout.lengths, rollout.finished)
-                )
-                clock.lap("time/rollout")
+                if program.reference is not None:
+                    ref_logp = program.reference(reference, on_device, features, rollout.tokens)
+                sampled = gather_to_host(rollout)
+                sampled_at = time.perf_counter()
 
-                # -- rewards: text -> answers on the host, scores and advantages on the device --
-                records = [inputs.train.records[item] for item in batch.items]
-                texts = [[processor.decode(t) for t in row] for row in tokens[rows]]
-                answers = parse_batch(
-                    texts, [record.task for record in records], thinking=config.data.thinking
-                )
+                # ---- rewards: text -> answers on the host -> scores and advantages ----
+                texts = [[processor.decode(ids) for ids in row] for row in sampled.tokens[rows]]
+                tasks = [record.task for record in records]
+                answers = parse_batch(texts, tasks, thinking=config.data.thinking)
                 truth = truth_arrays(records, inputs.max_spans)
                 scores = score(*put_prompts(mesh, (answers, truth)))
-                clock.lap("time/reward")
+                scored_at = time.perf_counter()
 
-                # -- update: the prompt once and its G completions --
+                # ---- update: the prompt once and its G completions ----
                 update_batch = UpdateBatch(
-                    prompt=device_prompts,
+                    prompt=on_device,
                     features=features,
                     completions=rollout.tokens,
                     lengths=rollout.lengths,
@@ -158,38 +163,138 @@ def main(config: Config) -> None:
                     old_logp=None,
                     ref_logp=ref_logp,
                 )
-                state, update_metrics = executables.update(state, frozen, update_batch)
+                state, updated = program.update(state, frozen, update_batch)
                 sampler = publish(state.params, frozen)
 
-                # -- while the device works: the next batch --
-                waiting = time.perf_counter()
+                # ---- while the device works: the next batch ----
+                waited = time.perf_counter()
                 following = next(loader, None)
-                clock.note("time/data_wait", time.perf_counter() - waiting)
-                if following is not None:
-                    device_prompts = put_prompts(mesh, following.prompts)
+                waited = time.perf_counter() - waited
+                on_device = put_prompts(mesh, following.prompts) if following else None
 
-                # -- metrics --
-                update_metrics = jax.device_get(update_metrics)
-                scores = gather_to_host(scores)
-                clock.lap("time/update")
-                line = run.train_metrics(scores, lengths, finished, update_metrics)
-                line |= clock.metrics(prompts, device_tokens=int(lengths.sum()))
-                line["compilations"] = compilations.total
-                line["data/failures"] = folder.note_failures(batch.failures, inputs.train, say)
-                folder.write(step + 1, "train", line)
-                folder.write_samples(step + 1, records, texts, gather_rows(scores, rows), config)
-                progress.update(line)
-                check_finite(state_skipped=int(update_metrics["skipped_in_a_row"]), line=line,
-                             config=config, step=step, items=[r.id for r in records])
+                # ---- metrics ----
+                updated, earned = jax.device_get(updated), gather_to_host(scores)
+                ended = time.perf_counter()
+                for line in run.note_failures(batch.failures, inputs.train.records):
+                    progress.print(line)
+                metrics = {
+                    **step_metrics(earned, sampled, updated),
+                    "data/failed_videos": len(run.failures),
+                    "compilations": compilations.total,
+                    "time/rollout": sampled_at - begun,
+                    "time/reward": scored_at - sampled_at,
+                    "time/update": ended - scored_at,
+                    "time/data_wait": waited,
+                    "time/step": ended - begun,
+                    "throughput/tokens_per_second": int(sampled.lengths.sum()) / (ended - begun),
+                }
+                if (step + 1) % config.log.every == 0 or following is None:
+                    run.write(step + 1, "train", metrics)
+                    mine = jax.tree.map(lambda x: x[rows], earned)
+                    kept = samples(records, texts, mine, config.log.samples)
+                    run.write_completions(step + 1, "train", kept)
+                progress.update(metrics)
+                stop_if_not_finite(int(updated["skipped_in_a_row"]), step, records, config)
 
-                # -- evaluation and checkpoint --
-                last = step + 1 == config.train.steps
-                if last or (config.eval.every and (step + 1) % config.eval.every == 0):
-                    run.evaluate_and_log(
-                        step + 1, config, mesh, eval_programs, sampler, inputs, folder
+                # ---- evaluation, checkpoint ----
+                done = step + 1
+                if following is None or (config.eval.every and done % config.eval.every == 0):
+                    scores_after = run_evaluation(
+                        done, config, mesh, eval_programs, sampler, inputs, run
                     )
-                if last or (step + 1) % config.checkpoint.every == 0:
-                    folder.save(step + 1, state, inputs)
+                    if following is None:
+                        progress.close()
+                        say(evaluate.table({"before": scores_before, "after": scores_after}))
+                if following is None or done % config.checkpoint.every == 0:
+                    run.save(done, state)
                 batch = following
-        progress.close()
-        folder.finish(config)
+        run.finish()
+    say(closing_words(config))
+
+
+def say(text: str) -> None:
+    """Prints on one process of the job."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def run_evaluation(
+    step: int,
+    config: Config,
+    mesh: Any,
+    programs: evaluate.EvalPrograms,
+    sampler: Any,
+    inputs: Inputs,
+    run: RunDir,
+) -> dict[str, float]:
+    """Evaluates and writes the scores and a few predictions down."""
+    started = time.perf_counter()
+    scores, predictions = evaluate.evaluate(config, mesh, programs, sampler, inputs)
+    run.write(step, "eval", scores | {"time/eval": time.perf_counter() - started})
+    shown = evaluate.first_of_each_task(predictions, config.log.samples)
+    run.write_completions(step, "eval", [evaluate.sample(p) for p in shown])
+    return scores
+
+
+def step_metrics(scores: Scores, sampled: Any, updated: dict[str, Any]) -> dict[str, float]:
+    """The numbers of one training step, by the names of metrics.jsonl."""
+    metrics = {
+        "reward/total": float(scores.total.mean()),
+        "reward/total_std": float(scores.total.std(axis=-1).mean()),
+        "groups/zero_variance": float(scores.zero_variance.mean()),
+        "completion/length": float(sampled.lengths.mean()),
+        "completion/truncated": 1.0 - float(sampled.finished.mean()),
+    }
+    for name, values in scores.components.items():
+        defined = values[~np.isnan(values[:, 0])]  # the prompts whose task has this component
+        if len(defined):
+            equal = defined.max(axis=-1) == defined.min(axis=-1)
+            metrics[f"reward/{name}"] = float(defined.mean())
+            metrics[f"reward/{name}_std"] = float(defined.std(axis=-1).mean())
+            metrics[f"groups/zero_variance_{name}"] = float(equal.mean())
+    return metrics | {name: float(value) for name, value in updated.items()}
+
+
+def samples(
+    records: Sequence[Record], texts: Sequence[Sequence[str]], scores: Scores, count: int
+) -> list[dict[str, Any]]:
+    """The first completion of `count` prompts as lines for people to read."""
+    return [
+        evaluate.sample(
+            evaluate.Prediction(
+                record,
+                texts[p][0],
+                float(scores.total[p, 0]),
+                *(float(scores.components[name][p, 0]) for name in ("format", "choice", "iou")),
+                tokens=0,
+            )
+        )
+        for p, record in enumerate(records[:count])
+    ]
+
+
+def stop_if_not_finite(
+    in_a_row: int, step: int, records: Sequence[Record], config: Config
+) -> None:
+    """Ends the run when too many steps in a row were skipped.
+
+    Raises:
+      NonFiniteError: names the step and its items.
+    """
+    if in_a_row >= config.train.max_nonfinite_steps:
+        names = ", ".join(record.id for record in records)
+        raise NonFiniteError(
+            f"{in_a_row} steps in a row had a loss or gradient that is not finite; the last was "
+            f"step {step} with {names}. The weights are those before the first of them: resume "
+            "from the last checkpoint with a lower optim.learning_rate, or with "
+            "model.compute_dtype=float32"
+        )
+
+
+def closing_words(config: Config) -> str:
+    """What was written and what to do next."""
+    run = config.run_dir
+    return (
+        f"wrote {run}: metrics.jsonl, completions.jsonl, curves.png, checkpoints/\n"
+        f"next: jaxgrpo export {run} {run}-hf   (a directory for transformers and vLLM)"
+    )

@@ -177,7 +177,7 @@ def apply_gradients(
     """Clips by the global norm and steps; a non-finite loss or gradient changes no weight.
 
     Returns:
-      the new state and scalars: grad_norm (before clipping) and skipped (0 or 1).
+      the new state and scalars: grad_norm (before clipping), skipped_in_a_row (0 if it stepped).
     """
     norm = optax.global_norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -189,7 +189,7 @@ def apply_gradients(
         lambda new, old: jnp.where(finite, new, old), stepped, (state.params, state.opt_state)
     )
     skipped = jnp.where(finite, 0, state.skipped + 1)
-    metrics = {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+    metrics = {"grad_norm": norm, "skipped_in_a_row": skipped}
     return TrainState(state.step + 1, params, opt_state, skipped), metrics
 
 

@@ -5,7 +5,6 @@ Loaders stand at the top of the module, so that worker processes can import them
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import threading
@@ -19,7 +18,7 @@ import pytest
 
 from data.pipeline import Batch, Failure, LoadError, NoUsableVideoError, batches
 from data.sampling import StepPlan
-from data.video import FrameSampling, Frames, VideoError, decode
+from data.video import Frames, FrameSampling, VideoError, decode
 from tests.data import clips
 
 BAD = frozenset({3, 7, 13})
@@ -87,6 +86,14 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.prompts[0] == b.prompts[0]
         np.testing.assert_array_equal(a.prompts[1], b.prompts[1])
+
+
+def assert_ended(before: set[threading.Thread]) -> None:
+    """Waits until no thread runs that did not run before."""
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +251,8 @@ def test_reading_ahead_is_bounded_by_prefetch() -> None:
             while time.monotonic() < deadline or before != len(loaded):
                 before = len(loaded)
                 time.sleep(0.02)
-            # Beside the batches taken: 3 steps of examples, one batch waiting, one in the making.
-            assert (taken + 1) * P <= len(loaded) <= (taken + 3 + 2) * P
+            # The batches taken, one collated, and 3 steps of examples.
+            assert len(loaded) == (taken + 1 + 3) * P
 
 
 def test_closing_early_stops_the_threads() -> None:
@@ -255,10 +262,7 @@ def test_closing_early_stops_the_threads() -> None:
     steps.close()
     steps.close()
     assert list(steps) == []
-    deadline = time.monotonic() + 5
-    while set(threading.enumerate()) - before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not set(threading.enumerate()) - before
+    assert_ended(before)
 
 
 def test_closing_does_not_wait_for_the_rest_of_a_batch() -> None:
@@ -271,19 +275,41 @@ def test_closing_does_not_wait_for_the_rest_of_a_batch() -> None:
 
     plan = StepPlan([range(100)], 50, 0)
     steps = batches(plan, slow, collate, start_step=0, num_steps=9, threads=1, prefetch=1)
-
-    def read() -> None:
-        with contextlib.suppress(Exception):  # whatever an iterator raises that is closed meanwhile
-            next(steps)
-
-    reader = threading.Thread(target=read)
+    found: list[list[Batch]] = []
+    reader = threading.Thread(target=lambda: found.append(list(steps)))
     reader.start()
-    started.wait(5)
+    assert started.wait(5)
     begin = time.monotonic()
     steps.close()
     reader.join(5)
-    assert not reader.is_alive()
+    assert found == [[]]
     assert time.monotonic() - begin < 3  # a whole batch would take 10 s
+
+
+def test_a_decoder_that_hangs_does_not_hold_up_closing() -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def hang(item: int) -> Example:
+        started.set()
+        release.wait(20)
+        return load(0)
+
+    steps = batches(plan_of(), hang, collate, start_step=0, num_steps=9)
+    reader = threading.Thread(target=lambda: list(steps))
+    reader.start()
+    assert started.wait(5)
+    steps.close()
+    reader.join(5)
+    assert not reader.is_alive()
+    release.set()
+
+
+def test_a_forgotten_iterator_stops_its_threads() -> None:
+    before = set(threading.enumerate())
+    steps = batches(plan_of(), load, collate, start_step=0, num_steps=10_000)
+    next(steps)
+    del steps
+    assert_ended(before)
 
 
 def test_numbers_that_cannot_be_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ sizes = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
 def plan_of(sizes: list[int], prompts: int, seed: int = 0) -> StepPlan:
     """Buckets of these sizes; item numbers are not their places."""
     starts = np.cumsum([0, *sizes])
-    buckets = [range(100 + a, 100 + b) for a, b in zip(starts, starts[1:], strict=False)]
+    buckets = [range(100 + a, 100 + b) for a, b in pairwise(starts)]
     return StepPlan(buckets, prompts, seed)
 
 
@@ -91,7 +92,7 @@ def test_buckets_take_turns_at_random_in_proportion_to_their_sizes() -> None:
     plan = plan_of([80, 0, 240], prompts=4)
     buckets = [plan.step(step).bucket for step in range(plan.first_step(1))]
     assert Counter(buckets) == {0: 20, 2: 60}
-    changes = sum(a != b for a, b in zip(buckets, buckets[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(buckets))
     assert 15 < changes < 40  # 30 expected of a random order, 1 of sorted buckets
     second = [plan.step(step).bucket for step in range(plan.first_step(1), plan.first_step(2))]
     assert second != buckets

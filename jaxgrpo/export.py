@@ -1,0 +1,283 @@
+"""`jaxgrpo export SOURCE OUT`: a Hugging Face directory for `transformers` and vLLM.
+
+Only the weights are written anew, as safetensors under the released names. The other files of the
+model directory (config.json, tokenizer, chat template, licence) are copied as they are: what
+transformers 5 would save in their place fails to load in transformers 4.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from models.qwen2_5_vl.config import ModelConfig
+from models.qwen2_5_vl.model import abstract_model
+from models.qwen2_5_vl.weights import Tensor, read_index, released_tensors, save
+
+ExportDtype = Literal["source", "bfloat16", "float32"]
+
+_DTYPES: dict[str, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+}
+# Weights in any format: they are those of the model before training.
+_WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
+)
+
+
+class ExportError(ValueError):
+    """A source that cannot be exported, or a place that cannot be exported to."""
+
+
+def main(source: str | Path, out: str | Path, dtype: ExportDtype = "source") -> None:
+    """Exports a run or a model directory and says how to load the result.
+
+    Args:
+      source: a run directory (config.yaml and checkpoints/) or a Hugging Face model directory.
+      out: the directory to make; nothing or an empty directory may be there.
+      dtype: of every weight; "source" writes each in the type that the model directory has it in.
+
+    Raises:
+      ExportError: `source` is neither, its weights are not those of its config.json, or `out` is
+        taken.
+      FileNotFoundError, ModelConfigError, WeightError: the model directory cannot be read.
+    """
+    source, out = Path(source), Path(out)
+    if (source / "config.yaml").is_file() and (source / "checkpoints").is_dir():
+        from jaxgrpo.run import restore_params  # Orbax takes seconds to import
+
+        _check_free(out)
+        params, base_directory = restore_params(source)
+        files = export_params(params, ModelConfig.load(base_directory), base_directory, out, dtype)
+    elif (source / "config.json").is_file():
+        files = export_model(source, out, dtype)
+    else:
+        raise ExportError(
+            f"{source} is neither a run directory (with config.yaml and checkpoints/) nor a model "
+            "directory (with config.json and *.safetensors)"
+        )
+    print(f"wrote {out}:")
+    for file in files:
+        print(f"  {file.name}  {_readable(file.stat().st_size)}")
+    print(
+        f"next: vllm serve {out}\n"
+        f"  or: Qwen2_5_VLForConditionalGeneration.from_pretrained({str(out)!r}) in transformers"
+    )
+
+
+def export_params(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    base_directory: str | Path,
+    out: str | Path,
+    dtype: ExportDtype = "source",
+) -> list[Path]:
+    """Writes trained weights, with all other files from the model directory that they began as.
+
+    The weights are cast once, rounding to nearest even: a bfloat16 export of a float32 master is
+    the rounded master, bit for bit.
+
+    Args:
+      params: the parameter tree, on hosts or devices.
+      config: its architecture.
+      base_directory: the model directory that training started from.
+      out, dtype: see `main`. A base directory without weights (training from random ones) gives
+        "source" the type that its config.json names.
+
+    Returns:
+      The files of `out`.
+
+    Raises:
+      ExportError: `out` is taken.
+    """
+    base_directory = Path(base_directory)
+    dtype_of = _dtype_of(base_directory, dtype)
+    with _new_directory(Path(out)) as directory:
+        save(directory, params, config, dtype_of)
+        _copy_other_files(base_directory, directory, dtype)
+    return _files(Path(out))
+
+
+def export_model(
+    source: str | Path, out: str | Path, dtype: ExportDtype = "source"
+) -> list[Path]:
+    """Writes a model directory again, bit for bit where `dtype` changes nothing.
+
+    Names become the released ones. The tensors stay in as many files as they were in, and one file
+    at a time is in memory.
+
+    Args, returns: see `main` and `export_params`.
+
+    Raises:
+      ExportError: a tensor is missing, unknown or mis-shaped (all are named), or `out` is taken.
+      WeightError: two tensors have the same name, or one has a type that is not a float's.
+    """
+    source = Path(source)
+    config = ModelConfig.load(source)
+    tensors = _checked(source, config)
+    cast_to = None if dtype == "source" else _DTYPES[dtype]
+    sources = sorted({tensor.file for tensor in tensors.values()})
+    weight_map: dict[str, str] = {}
+    total = 0
+    with _new_directory(Path(out)) as directory:
+        for number, file in enumerate(sources, 1):
+            name = "model.safetensors"
+            if len(sources) > 1:
+                name = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
+            arrays = {k: _read(t, cast_to) for k, t in tensors.items() if t.file == file}
+            save_file(arrays, directory / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(arrays, name)
+            total += sum(array.nbytes for array in arrays.values())
+        if len(sources) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(directory / "model.safetensors.index.json", index)
+        _copy_other_files(source, directory, dtype)
+    return _files(Path(out))
+
+
+# ---- weights ----
+
+
+def _checked(source: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a model directory, which must be those that config.json describes.
+
+    An output head in the file of a tied model is dropped, as in the releases, if it equals the
+    embedding.
+    """
+    tensors = read_index(source)
+    _, shapes = abstract_model(config)
+    empty = jax.tree.map(lambda shape: np.broadcast_to(np.zeros((), bool), shape.shape), shapes)
+    expected = {name: array.shape for name, array in released_tensors(empty, config)}
+    if config.text.tied and "lm_head.weight" in tensors:
+        head, embedding = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
+        if embedding is None or not np.array_equal(_read(head), _read(embedding)):
+            raise ExportError(
+                f"{source}: lm_head.weight differs from model.embed_tokens.weight although "
+                "config.json says tie_word_embeddings"
+            )
+        del tensors["lm_head.weight"]
+    problems = [f"missing: {name}" for name in sorted(expected.keys() - tensors.keys())]
+    problems += [f"unknown: {name}" for name in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"mis-shaped: {name} is {tensors[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ExportError(
+            f"the weights in {source} are not those its config.json describes:\n  "
+            + "\n  ".join(problems[:20])
+            + more
+        )
+    return tensors
+
+
+def _read(tensor: Tensor, cast_to: np.dtype | None = None) -> np.ndarray:
+    with safe_open(tensor.file, framework="numpy") as handle:
+        array = handle.get_tensor(tensor.name)
+    return array if cast_to is None else array.astype(cast_to, copy=False)
+
+
+def _dtype_of(base_directory: Path, dtype: ExportDtype) -> Callable[[str], np.dtype]:
+    """The type to write a released name in."""
+    if dtype != "source":
+        return lambda name: _DTYPES[dtype]
+    if any(base_directory.glob("*.safetensors")):
+        tensors = read_index(base_directory)
+        return lambda name: tensors[name].dtype
+    path = base_directory / "config.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    named = raw.get("torch_dtype", raw.get("dtype", "float32"))
+    if named not in _DTYPES:
+        raise ExportError(
+            f"{path}: torch_dtype is {named!r}, expected one of {', '.join(_DTYPES)}; "
+            "choose with dtype=bfloat16 or dtype=float32"
+        )
+    return lambda name: _DTYPES[named]
+
+
+# ---- files ----
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ExportError(
+            f"{out} exists and is not an empty directory: remove it or name another one"
+        )
+
+
+@contextmanager
+def _new_directory(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that becomes `out` at the end of the block, unless that fails.
+
+    So there is nothing or everything under `out`, whenever the export is killed.
+    """
+    _check_free(out)
+    out = out.resolve()
+    partial = out.with_name(f"{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir()
+    except FileExistsError as error:
+        raise ExportError(
+            f"{partial} exists: another export to {out} is running, or one was killed; in that "
+            "case remove it"
+        ) from error
+    try:
+        yield partial
+        os.replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _copy_other_files(source: Path, directory: Path, dtype: ExportDtype) -> None:
+    """Copies what is not a weight; config.json names the type that the weights have now.
+
+    Sub-directories stay behind (a release has none, a download keeps its cache in one) and are
+    named.
+    """
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            print(f"not exported: the directory {path}")
+        elif path.suffix not in _WEIGHT_SUFFIXES and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, directory / path.name)
+    if dtype == "source":
+        return
+    raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    raw["dtype" if "dtype" in raw and "torch_dtype" not in raw else "torch_dtype"] = dtype
+    for part in [raw, raw.get("text_config"), raw.get("vision_config")]:
+        for key in ("torch_dtype", "dtype"):
+            if part is not None and key in part:
+                part[key] = dtype
+    _write_json(directory / "config.json", raw)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir())
+
+
+def _readable(size: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

@@ -1,0 +1,121 @@
+"""Opening a model: a Hugging Face directory, a hub id, or the run directory of an earlier job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from jaxgrpo.checkpoint import read_part
+from jaxgrpo.config import Config, ConfigError, MeshSection, ModelSection
+from jaxgrpo.inputs import pixel_limits
+from jaxgrpo.policy import Params, Policy, Vocabulary
+from jaxgrpo.run_dir import is_run, read_config
+from jaxgrpo.sharding import make_mesh, param_shardings, put_global
+from jaxgrpo.update import split_frozen
+from models.qwen2_5_vl.config import ModelConfig
+from models.qwen2_5_vl.model import abstract_model, random_params
+from models.qwen2_5_vl.processor import Processor
+from models.qwen2_5_vl.weights import load
+
+
+def model_directory(path: str | Path) -> Path:
+    """The Hugging Face directory behind `model.path`: the one a run began from, if it is a run's.
+
+    Raises:
+      FileNotFoundError: neither a directory nor the shape of a hub id.
+      ConfigError: a run without a checkpoint.
+    """
+    directory = Path(path)
+    if is_run(directory):
+        return model_directory(read_config(directory).model.path)
+    if directory.is_dir():
+        return directory
+    text = str(path)
+    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise FileNotFoundError(
+            f"model.path: there is no directory {text}, and it is not a hub id such as "
+            "Qwen/Qwen2.5-VL-3B-Instruct"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+    return Path(snapshot_download(text, allow_patterns=patterns))
+
+
+def open_processor(config: Config) -> Processor:
+    """The processor of `model.path`, with the pixel limits of `data`."""
+    return Processor.load(model_directory(config.model.path), pixel_limits(config.data))
+
+
+def vocabulary_of(processor: Processor) -> Vocabulary:
+    """What may be emitted: the tokenizer's ids but its special ones, and the end of turn."""
+    tokenizer = processor.tokenizer
+    usable = np.zeros(processor.config.text.vocab, bool)
+    usable[list(tokenizer.get_vocab().values())] = True
+    usable[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = False
+    end = processor.eos_ids[0]
+    usable[end] = True
+    return Vocabulary(usable, (end,), processor.pad_id)
+
+
+def open_policy(
+    section: ModelSection, processor: Processor, mesh: Mesh, *, temperature: float, seed: int
+) -> tuple[Policy, Params]:
+    """The policy and its master weights, float32, sharded over the mesh.
+
+    Raises:
+      WeightError, FileNotFoundError: see `models.qwen2_5_vl.weights.load`.
+      ConfigError: a run without a checkpoint.
+    """
+    config = processor.config
+    graphdef, _ = abstract_model(config)
+    policy = Policy(
+        config=config,
+        graphdef=graphdef,
+        vocabulary=vocabulary_of(processor),
+        temperature=temperature,
+        compute_dtype=jnp.dtype(section.compute_dtype),
+        remat=section.remat == "layer",
+        logit_chunk=section.logit_chunk,
+    )
+    shardings = param_shardings(config, mesh)
+    if section.init == "random":
+        return policy, random_params(config, seed, shardings)
+    return policy, load_params(section.path, config, shardings)
+
+
+def load_params(path: str | Path, config: ModelConfig, shardings: Any) -> Params:
+    """Float32 weights of a model directory or of a run's newest checkpoint, on `shardings`."""
+    if is_run(path):
+        base = read_config(path).model
+        _, shapes = abstract_model(config)
+        trained = split_frozen(shapes, base.freeze_vision)[0]
+        like = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            trained,
+            {name: shardings[name] for name in trained},
+        )
+        params = read_part(path, {"params": like})["params"]
+        if params.keys() == shapes.keys():
+            return params
+        if base.init == "random":
+            raise ConfigError(f"{path} froze a random vision tower, which is not kept anywhere")
+        return load_params(base.path, config, shardings) | params
+    flat = flatten_dict(shardings)
+    return load(
+        model_directory(path), config, place=lambda array, where: put_global(array, flat[where])
+    )
+
+
+def restore_params(run_dir: str | Path) -> tuple[Params, Path]:
+    """(all weights of a run's newest checkpoint, the model directory it began from), for export."""
+    directory = model_directory(run_dir)
+    config = ModelConfig.load(directory)
+    mesh = make_mesh(MeshSection(), jax.local_devices()[:1])
+    return load_params(run_dir, config, param_shardings(config, mesh)), directory

@@ -1,0 +1,130 @@
+"""The run directory: one run's checkpoints, metrics, samples and pictures.
+
+    checkpoints/STEP   weights, optimiser, data state, config
+    metrics.jsonl      a line per training step and per evaluation
+    completions.jsonl  sampled completions with their rewards
+    tensorboard/       the same numbers for TensorBoard
+    config.yaml        the whole config, defaults included
+    curves.png         written at the end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+
+from data.pipeline import Failure
+from data.records import Record, write_atomically
+from jaxgrpo import config as configs
+from jaxgrpo.checkpoint import CHECKPOINTS, Checkpoints, Command, abstract, read_identity
+from jaxgrpo.config import Config
+from jaxgrpo.metrics import METRICS, MetricsLog, plot_curves
+from jaxgrpo.sharding import gather_objects
+from jaxgrpo.update import TrainState
+
+CONFIG = "config.yaml"
+CURVES = "curves.png"
+
+
+class RunDir:
+    """One run's files, opened fresh or for going on from the newest checkpoint.
+
+    Attributes:
+      first_step: updates already done; 0 for a new run.
+      excluded: ids left out when the run began, because their videos could not be read.
+      failures: item id -> why its video failed later, over the whole run.
+    """
+
+    def __init__(self, config: Config, command: Command):
+        """Opens `config.run_dir`.
+
+        Raises:
+          ConfigError: it holds another run; see `checkpoint.Checkpoints`.
+        """
+        self.path = Path(config.run_dir)
+        self._checkpoints = Checkpoints(config, command)
+        self.first_step = self._checkpoints.latest or 0
+        saved = self._checkpoints.data()
+        self.excluded: dict[str, str] = saved.get("excluded", {})
+        self.failures: dict[str, str] = saved.get("failures", {})
+        self._log = MetricsLog(
+            self.path, self._checkpoints.latest, tensorboard=config.log.tensorboard
+        )
+        if jax.process_index() == 0:
+            write_atomically(self.path / CONFIG, configs.to_yaml(config))
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest checkpoint's state, on the shardings of `state`; `state` if there is none."""
+        if not self.first_step:
+            return state
+        _, found, _ = self._checkpoints.restore(abstract(state._asdict()))
+        return TrainState(**found)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves what is needed to go on after `step` updates."""
+        data = {"excluded": self.excluded, "failures": self.failures}
+        self._checkpoints.save(step, state._asdict(), data)
+
+    def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        self._log.write(step, split, metrics)
+
+    def write_completions(
+        self, step: int, split: str, completions: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Lines of completions.jsonl."""
+        self._log.write_completions(step, split, completions)
+
+    def note_failures(self, failures: Sequence[Failure], records: Sequence[Record]) -> list[str]:
+        """Remembers the videos that failed in this step, on any host; returns a line for each new."""
+        mine = [(records[f.item].id, f"{f.kind}: {f.message}") for f in failures]
+        new: dict[str, str] = {}
+        for name, reason in (pair for pairs in gather_objects(mine) for pair in pairs):
+            if name not in self.failures:
+                new[name] = self.failures[name] = reason
+        return [f"replaced {name}: {reason}" for name, reason in new.items()]
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint and draws the curves."""
+        self.close()
+        if jax.process_index() == 0:
+            plot_curves(self.path / METRICS, self.path / CURVES)
+
+    def close(self) -> None:
+        """Waits for the checkpoint being written and closes the files."""
+        self._checkpoints.close()
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a folder is a run directory (and not a model directory)."""
+    return (Path(path) / CHECKPOINTS).is_dir()
+
+
+def read_config(run_dir: str | Path) -> Config:
+    """The config of a run's newest checkpoint.
+
+    Raises:
+      ConfigError: it has none yet.
+    """
+    identity = read_identity(run_dir)
+    if identity is None:
+        raise configs.ConfigError(
+            f"{run_dir} holds no checkpoint yet: let the run reach its first one"
+        )
+    return configs.from_dict(identity["config"], source=str(run_dir))
