@@ -12,7 +12,6 @@ of a run call the same methods in the same order.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -175,5 +174,7 @@ def _check_identity(saved: Mapping[str, Any], config: Config, command: Command) 
 
 def _open(run_dir: str | Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
-        (Path(run_dir) / CHECKPOINTS).absolute(), options=options, item_names=("state", "data", "config")
+        (Path(run_dir) / CHECKPOINTS).absolute(),
+        options=options,
+        item_names=("state", "data", "config"),
     )

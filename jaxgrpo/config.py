@@ -65,8 +65,12 @@ class SyntheticSection:
     train_clips: int = 512
     eval_clips: int = 128
     seed: int = 0  # of the clips; the run's own seed is `seed`
+    seconds: tuple[float, ...] = (8.0, 16.0)  # shortest and longest clip
+    events: tuple[int, ...] = (2, 3)  # fewest and most objects shown in a clip
 
     def __post_init__(self) -> None:
+        for name, pair in (("seconds", self.seconds), ("events", self.events)):
+            _check(f"data.synthetic.{name}", list(pair), len(pair) == 2, "[least, most]")
         _at_least("data.synthetic", self, train_clips=1, eval_clips=1, seed=0)
 
 

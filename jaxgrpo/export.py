@@ -275,7 +275,7 @@ def _files(directory: Path) -> list[Path]:
     return sorted(directory.iterdir())
 
 
-def _readable(size: int) -> str:
+def _readable(size: float) -> str:
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

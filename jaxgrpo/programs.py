@@ -276,3 +276,28 @@ def compile_train(
     return TrainPrograms(
         rollout.compile(), reference.compile() if reference else None, update.compile()
     )
+
+
+def compile_sft(
+    config: Config,
+    mesh: Mesh,
+    policy: Policy,
+    bucket: Size,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Params,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Compiles the supervised step for one bucket, with one completion per prompt."""
+    prompts, length = config.sft.batch, config.rollout.max_new_tokens
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return (
+        sft_program(mesh, policy, config, optimizer, shardings)
+        .lower(
+            state,
+            frozen,
+            prompt_shapes(mesh, policy.config.vision, bucket, prompts),
+            shape_on(mesh, PROMPTS, (prompts, 1, length), np.int32),
+            shape_on(mesh, PROMPTS, (prompts, 1), np.int32),
+        )
+        .compile()
+    )

@@ -217,7 +217,8 @@ def weight_axes(config: ModelConfig) -> dict[str, Any]:
 def random_params(config: ModelConfig, seed: int, shardings: Any = None) -> dict[str, Any]:
     """Initial weights, float32, as nested dicts of arrays; the same on every mesh."""
 
-    def init(key: Array) -> dict[str, Any]:
-        return nnx.to_pure_dict(nnx.state(Qwen2_5_VL(config, nnx.Rngs(params=key))))
+    def init(seed: Array) -> dict[str, Any]:
+        rngs = nnx.Rngs(params=jax.random.key(seed))
+        return nnx.to_pure_dict(nnx.state(Qwen2_5_VL(config, rngs)))
 
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(init, out_shardings=shardings)(np.int32(seed))

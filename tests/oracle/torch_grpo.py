@@ -115,8 +115,8 @@ def grpo_loss(
                 difference = float(group.ref_logp[g][t]) - logp[t]
                 kl = torch.exp(difference) - difference - 1
                 losses.append(-surrogate + objective.kl * kl - objective.entropy * entropy[t])
-                kls.append(float(kl))
-                entropies.append(float(entropy[t]))
+                kls.append(kl.item())
+                entropies.append(entropy[t].item())
                 clipped_low += int(ratio < low and advantage < 0)
                 clipped_high += int(ratio > high and advantage > 0)
             per_completion.append(torch.stack(losses))

@@ -1,0 +1,446 @@
+"""The update against PyTorch: GRPO gradients of a whole step, AdamW, and what must not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jaxgrpo.policy
+import jaxgrpo.update
+from jaxgrpo.config import GrpoSection, OptimSection
+from jaxgrpo.policy import Params, Policy
+from jaxgrpo.update import (
+    UpdateBatch,
+    apply_gradients,
+    grpo_gradients,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    sft_gradients,
+    split_frozen,
+)
+from models.qwen2_5_vl.positions import Grid
+from models.qwen2_5_vl.weights import TABLE, released_tensors
+from tests.jaxgrpo.cases import (
+    LAYOUTS,
+    TEMPERATURE,
+    USABLE,
+    SmallModel,
+    fast_jit,
+    objective,
+    random_groups,
+    relative_differences,
+    repeated,
+    small_model,
+    tree_differences,
+    update_batch,
+)
+from tests.oracle import torch_grpo
+from tests.oracle.torch_grpo import Group
+
+Aggregation = Literal["sequence", "token", "constant"]
+Result = tuple[Params, dict[str, jax.Array]]
+GRADIENT_TOLERANCE = 1e-4  # norm of the difference / norm, of every tensor
+WIDTH = 7
+
+
+def section(aggregation: Aggregation) -> GrpoSection:
+    """Every term of the loss at work, the two clips of different widths."""
+    return GrpoSection(
+        clip_low=0.2, clip_high=0.28, kl=0.05, entropy=0.01, aggregation=aggregation
+    )
+
+
+class Step(NamedTuple):
+    """A model, a step's data for both sides, and the original's verdict."""
+
+    small: SmallModel
+    config: GrpoSection
+    groups: list[Group]
+    batch: UpdateBatch
+    loss: torch_grpo.Loss
+    gradients: dict[str, np.ndarray]  # by released name
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], SmallModel]:
+    return cache(lambda tied: small_model(tmp_path_factory.mktemp("model"), tied=tied))
+
+
+@pytest.fixture(scope="module")
+def step(small: Callable[[bool], SmallModel]) -> Callable[..., Step]:
+    @cache
+    def make(tied: bool, aggregation: Aggregation, width: int = WIDTH, prompts: int = 4) -> Step:
+        model, config = small(tied), section(aggregation)
+        groups = random_groups(
+            model, group=4, width=width, seed=width, layouts=LAYOUTS[:prompts]
+        )
+        loss = torch_grpo.grpo_loss(model.original, groups, objective(config, width))
+        gradients = torch_grpo.gradients(model.original, loss.value)
+        return Step(model, config, groups, update_batch(groups, width), loss, gradients)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def heavy(step: Callable[..., Step]) -> Step:
+    return step(False, "token")
+
+
+@pytest.fixture(scope="module")
+def heavy_result(heavy: Step) -> Result:
+    return our_gradients(heavy.small.policy, heavy.small.params, {}, heavy.batch, heavy.config)
+
+
+def our_gradients(
+    policy: Policy,
+    params: Params,
+    frozen: Params,
+    batch: UpdateBatch,
+    config: GrpoSection,
+    accumulate: int = 1,
+) -> Result:
+    def compute(params: Params, frozen: Params, batch: UpdateBatch) -> Result:
+        return grpo_gradients(policy, params, frozen, batch, config, accumulate)
+
+    return fast_jit(compute)(params, frozen, batch)
+
+
+def assert_equals_torch(step: Step, result: Result) -> None:
+    """The comparison of the whole step; the mutations below must not pass it."""
+    gradients, metrics = result
+    differences = relative_differences(gradients, step.gradients, step.small.policy.config)
+    too_far = {name: d for name, d in differences.items() if not d <= GRADIENT_TOLERANCE}
+    assert not too_far
+    np.testing.assert_allclose(metrics["loss"], step.loss.value.item(), rtol=1e-4, atol=1e-6)
+
+
+def assert_same(ours: Result, theirs: Result, tolerance: float) -> None:
+    too_far = {k: d for k, d in tree_differences(ours[0], theirs[0]).items() if not d <= tolerance}
+    assert not too_far
+    for name in theirs[1]:
+        np.testing.assert_allclose(
+            ours[1][name], theirs[1][name], rtol=max(tolerance, 1e-6), atol=1e-6, err_msg=name
+        )
+
+
+# ---- gradients of a whole step against torch autograd ----
+
+
+def test_the_step_is_a_hard_one(heavy: Step) -> None:
+    assert heavy.loss.clipped_low >= 0.1 and heavy.loss.clipped_high >= 0.1
+    assert heavy.loss.kl > 0.01 and heavy.loss.entropy > 0.1
+    assert len({len(completion) for group in heavy.groups for completion in group.completions}) > 3
+    assert len({group.prompt.size for group in heavy.groups}) == 4
+    assert all(np.linalg.norm(g) > 0 for g in heavy.gradients.values())
+
+
+def test_gradients_equal_torch_autograd(heavy: Step, heavy_result: Result) -> None:
+    assert_equals_torch(heavy, heavy_result)
+    metrics = heavy_result[1]
+    for ours, theirs in {
+        "kl": heavy.loss.kl,
+        "entropy": heavy.loss.entropy,
+        "clip_low": heavy.loss.clipped_low,
+        "clip_high": heavy.loss.clipped_high,
+    }.items():
+        np.testing.assert_allclose(metrics[ours], theirs, rtol=1e-4, err_msg=ours)
+
+
+@pytest.mark.parametrize(
+    ("tied", "aggregation"), [(True, "sequence"), (False, "constant")], ids=str
+)
+def test_gradients_equal_torch_autograd_in_every_aggregation(
+    step: Callable[..., Step], tied: bool, aggregation: Aggregation
+) -> None:
+    light = step(tied, aggregation, width=5, prompts=2)
+    result = our_gradients(
+        light.small.policy, light.small.params, {}, light.batch, light.config
+    )
+    assert_equals_torch(light, result)
+
+
+def test_every_weight_of_the_table_gets_a_gradient(heavy: Step, heavy_result: Result) -> None:
+    """So that comparing all tensors means comparing all weights."""
+    named = dict(released_tensors(heavy_result[0], heavy.small.policy.config))
+    for row in TABLE:
+        assert np.linalg.norm(named[row.theirs.format(n=0)]) > 0
+
+
+def test_one_token_completions_teach_through_the_last_prompt_position(
+    step: Callable[..., Step],
+) -> None:
+    """C = 1: no completion token is ever read, so all gradient passes through the prompt."""
+    one = step(False, "token", width=1, prompts=2)
+    result = our_gradients(one.small.policy, one.small.params, {}, one.batch, one.config)
+    assert_equals_torch(one, result)
+    vision = jax.tree.leaves(result[0]["vision"])
+    assert all(float(jnp.linalg.norm(g)) > 1e-4 for g in vision)
+
+
+def test_sft_gradients_equal_torch_cross_entropy(step: Callable[..., Step]) -> None:
+    light = step(True, "sequence", width=5, prompts=2)
+    policy, batch = light.small.policy, light.batch
+    loss = torch_grpo.cross_entropy(light.small.original, light.groups, TEMPERATURE, USABLE)
+    expected = light._replace(
+        loss=light.loss._replace(value=loss),
+        gradients=torch_grpo.gradients(light.small.original, loss),
+    )
+
+    def compute(params: Params) -> Result:
+        return sft_gradients(policy, params, {}, batch.prompt, batch.completions, batch.lengths)
+
+    result = fast_jit(compute)(light.small.params)
+    assert_equals_torch(expected, result)
+
+
+# ---- tests of the tests: a broken loss must not pass the comparison ----
+
+
+@pytest.fixture(scope="module")
+def little(step: Callable[..., Step]) -> Step:
+    return step(True, "sequence", width=5, prompts=2)
+
+
+@pytest.mark.parametrize("mutation", ["advantage sign swapped", "KL dropped", "targets off by one"])
+def test_a_broken_loss_fails_the_comparison(
+    little: Step, mutation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, log_probs = jaxgrpo.update.grpo_loss, jaxgrpo.policy.token_log_probs
+    if mutation == "targets off by one":
+        # By one within the completion's tokens, so that padding is no give-away.
+        monkeypatch.setattr(
+            jaxgrpo.policy,
+            "token_log_probs",
+            lambda model, hidden, tokens, *rest: log_probs(
+                model, hidden, jnp.maximum(jnp.roll(tokens, -1, axis=-1), 6), *rest
+            ),
+        )
+    else:
+        change: Callable[[Any], Any] = {
+            "advantage sign swapped": lambda x: x._replace(advantages=-x.advantages),
+            "KL dropped": lambda x: x._replace(ref_logp=None),
+        }[mutation]
+        monkeypatch.setattr(
+            jaxgrpo.update,
+            "grpo_loss",
+            lambda logp, entropy, inputs, config: loss(logp, entropy, change(inputs), config),
+        )
+    result = our_gradients(
+        little.small.policy, little.small.params, {}, little.batch, little.config
+    )
+    differences = relative_differences(result[0], little.gradients, little.small.policy.config)
+    assert min(differences.values()) > 100 * GRADIENT_TOLERANCE
+    with pytest.raises(AssertionError):
+        assert_equals_torch(little, result)
+
+
+# ---- what must not matter ----
+
+
+def test_a_shared_prompt_equals_repeated_prompts(heavy: Step, heavy_result: Result) -> None:
+    """P prompts with G completions, and P * G prompts with one completion each."""
+    small = heavy.small
+    result = our_gradients(small.policy, small.params, {}, repeated(heavy.batch), heavy.config)
+    assert_same(result, heavy_result, 1e-4)
+
+
+def test_accumulation_equals_one_batch(heavy: Step, heavy_result: Result) -> None:
+    """Micro-batches hold different numbers of tokens: only the whole batch's count is right."""
+    small = heavy.small
+    tokens = heavy.batch.lengths.sum(axis=1)
+    assert tokens[0::2].sum() != tokens[1::2].sum()
+    result = our_gradients(small.policy, small.params, {}, heavy.batch, heavy.config, accumulate=2)
+    assert_same(result, heavy_result, 2e-5)
+
+
+def test_chunks_of_logits_and_recomputation_change_nothing(
+    heavy: Step, heavy_result: Result
+) -> None:
+    policy = heavy.small.policy._replace(logit_chunk=3, remat=True)
+    assert heavy.batch.completions.shape[2] % policy.logit_chunk
+    result = our_gradients(policy, heavy.small.params, {}, heavy.batch, heavy.config)
+    assert_same(result, heavy_result, 1e-5)
+
+
+def test_a_frozen_tower_gets_no_gradient_and_no_optimiser_state(
+    heavy: Step, heavy_result: Result
+) -> None:
+    """Its features, made once outside, give the loss and the text gradients of the whole."""
+    small = heavy.small
+    trained, frozen = split_frozen(small.params, freeze_vision=True)
+    assert trained.keys() == {"text"} and frozen.keys() == {"vision"}
+    features = fast_jit(lambda p: small.policy.merge(p).encode_vision(heavy.batch.prompt))(
+        small.params
+    )
+    batch = heavy.batch._replace(features=features)
+    result = our_gradients(small.policy, trained, frozen, batch, heavy.config)
+    gradients, metrics = heavy_result
+    assert_same(result, ({"text": gradients["text"]}, metrics), 1e-5)
+    state = init_state(trained, make_optimizer(OptimSection(), 1))
+    weights = len(jax.tree.leaves(small.params["text"]))
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert len(moments) == 2 * weights
+
+
+def test_a_trained_tower_is_split_from_nothing(heavy: Step) -> None:
+    assert split_frozen(heavy.small.params, freeze_vision=False) == (heavy.small.params, {})
+
+
+# ---- the optimiser against torch ----
+
+OPTIM = OptimSection(
+    learning_rate=1e-2, warmup_steps=3, weight_decay=0.1, b1=0.9, b2=0.95, clip_norm=1.0
+)
+
+
+def random_tree(seed: int, scale: float) -> Params:
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+        for name, shape in {"matrix": (6, 5), "norm": (5,), "bias": (3,)}.items()
+    }
+
+
+def five_steps_differ() -> float:
+    """Of AdamW under identical gradients: norm of the difference to torch / norm of the way."""
+    start = random_tree(0, 0.5)
+    # Three of the five gradients are clipped.
+    gradients = [random_tree(1 + i, scale) for i, scale in enumerate([2.0, 0.1, 1.0, 0.02, 5.0])]
+
+    optimizer = make_optimizer(OPTIM, steps=5)
+    state = init_state(start, optimizer)
+    for gradient in gradients:
+        state, _ = apply_gradients(state, gradient, jnp.float32(1.0), optimizer, OPTIM.clip_norm)
+
+    weights = {k: torch.nn.Parameter(torch.tensor(np.asarray(v))) for k, v in start.items()}
+    theirs = torch.optim.AdamW(
+        weights.values(),
+        lr=OPTIM.learning_rate,
+        betas=(OPTIM.b1, OPTIM.b2),
+        eps=OPTIM.eps,
+        weight_decay=OPTIM.weight_decay,
+    )
+    warm_up = torch.optim.lr_scheduler.LambdaLR(
+        theirs, lambda step: min(1.0, (step + 1) / OPTIM.warmup_steps)
+    )
+    norms = []
+    for gradient in gradients:
+        for name, weight in weights.items():
+            weight.grad = torch.tensor(np.asarray(gradient[name]))
+        norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), OPTIM.clip_norm).item())
+        theirs.step()
+        warm_up.step()
+    assert sum(norm > OPTIM.clip_norm for norm in norms) == 3
+    ours, final, first = (
+        np.concatenate([np.asarray(x).ravel() for x in tree])
+        for tree in (
+            [state.params[k] for k in weights],
+            [w.detach().numpy() for w in weights.values()],
+            [start[k] for k in weights],
+        )
+    )
+    return float(np.linalg.norm(ours - final) / np.linalg.norm(final - first))
+
+
+def test_five_steps_of_adamw_equal_torchs() -> None:
+    assert five_steps_differ() <= 1e-5
+
+
+def test_a_skipped_update_fails_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of the test above."""
+    monkeypatch.setattr(jaxgrpo.update.optax, "apply_updates", lambda params, updates: params)
+    assert five_steps_differ() > 0.9
+
+
+def test_the_gradient_norm_is_reported_before_clipping() -> None:
+    gradient = {"a": jnp.array([3.0, 4.0])}
+    optimizer = make_optimizer(OPTIM, 5)
+    _, metrics = apply_gradients(
+        init_state(gradient, optimizer), gradient, jnp.float32(0), optimizer, 1.0
+    )
+    assert float(metrics["grad_norm"]) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+def test_the_schedule_warms_up_and_decays_to_nothing(
+    warmup: int, decay: Literal["constant", "linear", "cosine"]
+) -> None:
+    steps = 12
+    config = OptimSection(learning_rate=2.0, warmup_steps=warmup, decay=decay)
+    schedule = learning_rate_schedule(config, steps)
+    for step in range(steps):
+        if step < warmup:
+            expected = 2.0 * (step + 1) / warmup
+        else:
+            done = (step - warmup) / (steps - warmup)
+            cosine = (1 + np.cos(np.pi * done)) / 2
+            expected = 2.0 * {"constant": 1.0, "linear": 1 - done, "cosine": cosine}[decay]
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5), step
+    if decay != "constant":
+        assert float(schedule(steps)) == pytest.approx(0.0, abs=1e-6)
+
+
+# ---- non-finite steps ----
+
+
+@pytest.mark.parametrize(
+    ("bad_gradient", "bad_loss"),
+    [(np.nan, 1.0), (np.inf, 1.0), (-np.inf, 1.0), (1.0, np.nan), (1.0, np.inf), (3e38, 1.0)],
+)
+def test_a_non_finite_step_changes_no_bit(bad_gradient: float, bad_loss: float) -> None:
+    """3e38 is finite, but its norm is not."""
+    optimizer = make_optimizer(OPTIM, 5)
+    state = init_state(random_tree(0, 0.5), optimizer)
+    good = random_tree(1, 1.0)
+    apply = jax.jit(lambda s, g, loss: apply_gradients(s, g, loss, optimizer, OPTIM.clip_norm))
+    state, metrics = apply(state, good, jnp.float32(0.1))
+    assert (int(state.step), int(state.skipped), float(metrics["skipped"])) == (1, 0, 0.0)
+
+    bad = good | {"norm": good["norm"].at[2].set(bad_gradient)}
+    after = state
+    for count in (1, 2):
+        after, metrics = apply(after, bad, jnp.float32(bad_loss))
+        assert (int(after.step), int(after.skipped)) == (1 + count, count)
+        assert float(metrics["skipped"]) == 1.0
+    for before, now in zip(
+        jax.tree.leaves((state.params, state.opt_state)),
+        jax.tree.leaves((after.params, after.opt_state)),
+        strict=True,
+    ):
+        assert np.asarray(before).tobytes() == np.asarray(now).tobytes()
+
+    resumed, metrics = apply(after, good, jnp.float32(0.1))
+    assert (int(resumed.skipped), float(metrics["skipped"])) == (0, 0.0)
+    assert not np.array_equal(resumed.params["matrix"], after.params["matrix"])
+    # As if the bad steps had never been: the same weights as without them.
+    expected, _ = apply(state, good, jnp.float32(0.1))
+    np.testing.assert_array_equal(resumed.params["matrix"], expected.params["matrix"])
+
+
+def test_groups_that_teach_nothing_give_no_gradient(heavy: Step) -> None:
+    """All rewards equal, no KL, no entropy bonus: exact zeros in every tensor."""
+    small = heavy.small
+    batch = heavy.batch._replace(
+        advantages=jnp.zeros_like(heavy.batch.advantages), old_logp=None, ref_logp=None
+    )
+    text_only = jax.tree.map(lambda x: x[:1], batch)
+    config = GrpoSection(kl=0.0, entropy=0.0)
+    gradients, metrics = our_gradients(small.policy, small.params, {}, text_only, config)
+    assert float(metrics["loss"]) == 0.0
+    assert all(not np.any(np.asarray(g)) for g in jax.tree.leaves(gradients))
+
+
+def test_the_layouts_are_ragged() -> None:
+    """At least one video has windows that are not whole, and one prompt has two videos."""
+    media = [[part for part in layout if isinstance(part, Grid)] for layout in LAYOUTS]
+    assert any(grid.h % 8 or grid.w % 8 for grids in media for grid in grids)
+    assert any(len(grids) > 1 for grids in media)
