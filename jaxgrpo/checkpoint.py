@@ -135,7 +135,7 @@ def read_part(run_dir: str | Path, abstract_part: dict[str, Any]) -> dict[str, A
     Raises:
       ConfigError: there is no checkpoint.
     """
-    with _open(run_dir, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _open(run_dir, ocp.CheckpointManagerOptions(create=False)) as manager:
         step = manager.latest_step()
         if step is None:
             raise ConfigError(f"{run_dir} holds no checkpoint yet: let the run reach its first one")
@@ -156,7 +156,7 @@ def read_identity(run_dir: str | Path) -> dict[str, Any] | None:
     """`{"command": ..., "config": ...}` of a run's newest checkpoint; None if it has none."""
     if not (Path(run_dir) / CHECKPOINTS).is_dir():
         return None
-    with _open(run_dir, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _open(run_dir, ocp.CheckpointManagerOptions(create=False)) as manager:
         step = manager.latest_step()
         if step is None:
             return None

@@ -1,0 +1,194 @@
+"""What a run writes down."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgrpo.metrics import (
+    CompileCounter,
+    MetricsError,
+    MetricsLog,
+    Progress,
+    plot_curves,
+    read_metrics,
+)
+
+
+def strict(path: Path) -> list[dict[str, Any]]:
+    """The lines, read by a parser that refuses NaN, as other languages' do."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def steps(path: Path) -> list[int]:
+    return [line["step"] for line in strict(path)]
+
+
+def write_run(run_dir: Path, last: int, resume: int | None = None) -> None:
+    with MetricsLog(run_dir, resume, tensorboard=False) as log:
+        for step in range((resume or 0) + 1, last + 1):
+            log.write(step, "train", {"reward/total": step / 7})
+            log.write_completions(step, "train", [{"completion": f"at {step}", "reward/total": 1}])
+
+
+def test_a_line_holds_step_split_and_flat_numbers(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log.write(0, "eval", {"tvg/mIoU": np.float64(0.25), "items": 3})
+        log.write(1, "train", {"kl": jnp.float32(0.5), "compilations": np.int64(4)})
+    assert strict(tmp_path / "metrics.jsonl") == [
+        {"step": 0, "split": "eval", "tvg/mIoU": 0.25, "items": 3},
+        {"step": 1, "split": "train", "kl": 0.5, "compilations": 4},
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, jnp.float32("nan"), None])
+def test_what_is_not_a_finite_number_is_null(tmp_path: Path, value: Any) -> None:
+    with MetricsLog(tmp_path, tensorboard=True) as log:
+        log.write(1, "train", {"reward/iou": value, "kl": 0.0})
+    line = {"step": 1, "split": "train", "reward/iou": None, "kl": 0.0}
+    assert strict(tmp_path / "metrics.jsonl") == [line]
+
+
+@pytest.mark.parametrize("text", ["<think>é\n\u2028</think>\x00", "lone \ud800 half", "視頻"])
+def test_any_completion_is_kept_on_one_line(tmp_path: Path, text: str) -> None:
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log.write_completions(3, "train", [{"id": "a", "completion": text, "reward/iou": 0.5}])
+    (line,) = read_metrics(tmp_path / "completions.jsonl")
+    assert line == {"step": 3, "split": "train", "id": "a", "completion": text, "reward/iou": 0.5}
+
+
+def test_completions_are_readable_as_they_stand(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log.write_completions(3, "train", [{"completion": "視頻"}])
+    assert "視頻" in (tmp_path / "completions.jsonl").read_text(encoding="utf-8")
+
+
+def test_lines_are_in_the_file_at_once(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.write(1, "train", {"kl": 1.0})
+    assert steps(tmp_path / "metrics.jsonl") == [1]
+    log.close()
+
+
+def test_a_new_run_starts_with_empty_files(tmp_path: Path) -> None:
+    write_run(tmp_path, 4)
+    write_run(tmp_path, 2)
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+    assert steps(tmp_path / "completions.jsonl") == [1, 2]
+
+
+@given(last=st.integers(1, 6), saved=st.integers(0, 6), torn=st.integers(0, 60))
+def test_a_resumed_run_leaves_the_same_lines_as_one_never_killed(
+    tmp_path_factory: pytest.TempPathFactory, last: int, saved: int, torn: int
+) -> None:
+    """Killed after `last` steps, with a line torn in the middle; the checkpoint is of `saved`."""
+    saved = min(saved, last)
+    whole, killed = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("killed")
+    write_run(whole, 7)
+    write_run(killed, last)
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        with open(killed / name, "ab") as file:
+            file.write(
+                f'{{"step": {last + 1}, "split": "train", "reward/total": 1.'.encode()[:torn]
+            )
+    write_run(killed, 7, resume=saved)
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("line", ["{torn", "[1]", '{"split": "train"}', '{"step": "1"}'])
+def test_damage_before_the_last_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "split": "train"}}\n{line}\n')
+    with pytest.raises(MetricsError, match=r"metrics.jsonl:2 .*remove that line"):
+        MetricsLog(tmp_path, 1, tensorboard=False)
+
+
+def test_only_process_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    write_run(tmp_path, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.write(1, "train", {"reward/iou": 0.25, "kl": math.nan})
+        log.write(1, "eval", {"tvg/mIoU": 0.5})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert b"train/reward/iou" in content
+    assert b"eval/tvg/mIoU" in content
+    assert b"train/kl" not in content  # a NaN would be a point at nowhere
+    assert np.float32(0.25).tobytes() in content
+
+
+def test_the_bar_shows_reward_iou_kl_speed_and_time_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress = Progress("GRPO", 10, done=4)
+    metrics = {"reward/total": 0.5, "reward/iou": 0.25, "kl": 0.001, "groups": 3}
+    progress.update(metrics | {"throughput/tokens_per_second": jnp.float32(1234.5)})
+    progress.print("a note")
+    progress.close()
+    shown = capsys.readouterr().err
+    assert "a note" in shown
+    last = shown.split("\r")[-1]
+    for part in ("GRPO", "5/10", "reward=0.5", "IoU=0.25", "KL=0.001", "tokens/s=1,234"):
+        assert part in last
+
+
+def test_the_bar_leaves_out_what_is_not_defined(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("SFT", 2)
+    progress.update({"loss": 2.0, "reward/iou": math.nan})
+    progress.close()
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "loss=2" in last
+    assert "IoU" not in last
+
+
+def test_compilations_are_counted_by_program() -> None:
+    @jax.jit
+    def double(x: jax.Array) -> jax.Array:
+        return 2 * x
+
+    inputs = [np.zeros(3, np.float32), np.zeros(4, np.float32), np.zeros(3, np.float32)]
+    with CompileCounter() as counter:
+        for x in inputs:
+            double(x)
+    assert counter.counts["jit(double)"] == 2
+    before = counter.total
+    double(np.zeros(5, np.float32))
+    assert counter.total == before  # closed
+
+
+def test_the_curves_are_drawn(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        for step in range(5):
+            iou = math.nan if step == 2 else step / 5
+            log.write(step, "train", {"reward/total": step / 5, "reward/iou": iou, "kl": 0.1})
+            log.write(step, "eval", {"tvg/mIoU": 0.3})
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    picture = cv2.imread(str(tmp_path / "curves.png"))
+    assert picture is not None
+    assert picture.shape[0] > 500
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+
+
+def test_curves_of_an_empty_run_are_an_empty_picture(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert cv2.imread(str(tmp_path / "curves.png")) is not None
