@@ -59,9 +59,7 @@ def main(config: Config) -> None:
     processor = open_processor(config)
     check_divides(mesh, processor.config, {"eval.batch": config.eval.batch})
     inputs = prepare(config, processor, train=False, evaluation=True)
-    policy, params = open_policy(
-        config.model, processor, mesh, temperature=0.0, seed=config.seed
-    )
+    policy, params = open_policy(config.model, processor, mesh, temperature=0.0, seed=config.seed)
     publish = publish_program(policy, param_shardings(processor.config, mesh, SAMPLER_RULES))
     sampler = publish(params, {})
     programs = compile_eval(config, mesh, policy, inputs, sampler)
@@ -89,9 +87,7 @@ class Prediction(NamedTuple):
     record: Record
     text: str
     total: float
-    format: float
-    choice: float  # NaN where the task has no such component
-    iou: float
+    components: dict[str, float]  # format, choice, iou; NaN where the task has no such component
     tokens: int
 
 
@@ -137,7 +133,7 @@ def evaluate(
     metrics["items_failed"] = len(inputs.evaluation.records) - len(predictions)
     if inputs.swapped is not None:
         swapped = predict(config, mesh, programs, sampler, inputs, inputs.swapped)
-        metrics["tvg/mIoU_swapped_videos"] = _mean(p.iou for p in swapped)
+        metrics["tvg/mIoU_swapped_videos"] = _mean(p.components["iou"] for p in swapped)
     return metrics, predictions
 
 
@@ -181,7 +177,9 @@ def predict(
             )
             truth = truth_arrays(records, inputs.max_spans)
             scores = gather_to_host(
-                programs.score(*put_prompts(mesh, jax.tree.map(lambda x: x[rows], (answers, truth))))
+                programs.score(
+                    *put_prompts(mesh, jax.tree.map(lambda x: x[rows], (answers, truth)))
+                )
             )
             # A slot that holds another item's video is not scored: its own could not be read.
             mine = np.array([a == b for a, b in zip(batch.items, planned[rows], strict=True)])
@@ -192,8 +190,8 @@ def predict(
                         records[row],
                         texts[row][0],
                         float(scores.total[row, 0]),
-                        *(float(scores.components[k][row, 0]) for k in ("format", "choice", "iou")),
-                        tokens=int(lengths[row, 0]),
+                        {name: float(x[row, 0]) for name, x in scores.components.items()},
+                        int(lengths[row, 0]),
                     )
     return [found[item] for item in sorted(found)]
 
@@ -207,7 +205,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, float]:
         task: [p for p in predictions if p.record.task == task] for task in ("mcqa", "tvg", "gqa")
     }
     metrics: dict[str, float] = {
-        "format": _mean(p.format for p in predictions),
+        "format": _mean(p.components["format"] for p in predictions),
         "reward/total": _mean(p.total for p in predictions),
         "completion/length": _mean(p.tokens for p in predictions),
     }
@@ -215,19 +213,21 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, float]:
         if chosen := by_task[task]:
             letters = [p.record.answer for p in chosen]
             most = max(letters.count(letter) for letter in letters)
-            metrics[f"{task}/accuracy"] = _mean(p.choice for p in chosen)
+            metrics[f"{task}/accuracy"] = _mean(p.components["choice"] for p in chosen)
             metrics[f"{task}/accuracy_constant_letter"] = most / len(letters)
     for task in ("tvg", "gqa"):
         if chosen := by_task[task]:
-            metrics[f"{task}/mIoU"] = _mean(p.iou for p in chosen)
+            metrics[f"{task}/mIoU"] = _mean(p.components["iou"] for p in chosen)
             metrics[f"{task}/mIoU_constant_span"] = best_constant_span(
                 [p.record.spans for p in chosen]
             )[2]
     for threshold in THRESHOLDS if by_task["tvg"] else ():
-        metrics[f"tvg/R1@{threshold}"] = _mean(p.iou >= threshold for p in by_task["tvg"])
+        metrics[f"tvg/R1@{threshold}"] = _mean(
+            p.components["iou"] >= threshold for p in by_task["tvg"]
+        )
     if by_task["gqa"]:
         metrics["gqa/acc_at_iou0.5"] = _mean(
-            p.choice == 1 and p.iou >= 0.5 for p in by_task["gqa"]
+            p.components["choice"] == 1 and p.components["iou"] >= 0.5 for p in by_task["gqa"]
         )
     return metrics
 
@@ -289,17 +289,16 @@ def first_of_each_task(predictions: Sequence[Prediction], count: int) -> list[Pr
 def sample(prediction: Prediction) -> dict[str, Any]:
     """A prediction as a line for people to read: question, right answer, completion, rewards."""
     record = prediction.record
-    line = {
+    line: dict[str, Any] = {
         "id": record.id,
         "question": record.question,
         "truth": truth_text(record),
         "completion": prediction.text,
         "reward/total": prediction.total,
-        "reward/format": prediction.format,
-        "reward/choice": prediction.choice,
-        "reward/iou": prediction.iou,
     }
-    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in line.items()}
+    for name, value in prediction.components.items():
+        line[f"reward/{name}"] = None if np.isnan(value) else value
+    return line
 
 
 def truth_text(record: Record) -> str:

@@ -21,6 +21,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from jaxgrpo.load import restore_params
+from jaxgrpo.run_dir import is_run
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model
 from models.qwen2_5_vl.weights import Tensor, read_index, released_tensors, save
@@ -56,10 +58,8 @@ def main(source: str | Path, out: str | Path, dtype: ExportDtype = "source") -> 
       FileNotFoundError, ModelConfigError, WeightError: the model directory cannot be read.
     """
     source, out = Path(source), Path(out)
-    if (source / "config.yaml").is_file() and (source / "checkpoints").is_dir():
-        from jaxgrpo.run import restore_params  # Orbax takes seconds to import
-
-        _check_free(out)
+    if is_run(source):
+        _check_free(out)  # before the checkpoint is read
         params, base_directory = restore_params(source)
         files = export_params(params, ModelConfig.load(base_directory), base_directory, out, dtype)
     elif (source / "config.json").is_file():
@@ -111,9 +111,7 @@ def export_params(
     return _files(Path(out))
 
 
-def export_model(
-    source: str | Path, out: str | Path, dtype: ExportDtype = "source"
-) -> list[Path]:
+def export_model(source: str | Path, out: str | Path, dtype: ExportDtype = "source") -> list[Path]:
     """Writes a model directory again, bit for bit where `dtype` changes nothing.
 
     Names become the released ones. The tensors stay in as many files as they were in, and one file

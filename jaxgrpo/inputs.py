@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.prompts import question_text, target_text
 from data.probe import Probe, VideoError, probe_all
+from data.prompts import question_text, target_text
 from data.records import Record, read_manifest
 from data.synthetic import SyntheticSpec, rationale, write_dataset
 from data.video import FrameSampling, decode, frame_count
@@ -103,7 +103,10 @@ def prepare(
     if data.synthetic is not None:
         spec = SyntheticSpec(**dataclasses.asdict(data.synthetic))
         train_path, eval_path = map(str, write_dataset(data.root, spec, data.threads))
-    wanted = {"data.train": train_path if train else "", "data.eval": eval_path if evaluation else ""}
+    wanted = {
+        "data.train": train_path if train else "",
+        "data.eval": eval_path if evaluation else "",
+    }
     for key, path in wanted.items():
         if not path and {"data.train": train, "data.eval": evaluation}[key]:
             raise InputError(f"{key} is empty: set it to a JSONL manifest, or set data.synthetic")

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
 from jaxgrpo.config import Config, RewardSection
 from jaxgrpo.grpo import group_advantages, zero_variance
@@ -52,9 +53,7 @@ class Scores(NamedTuple):
 # ---- what each program computes ----
 
 
-def init_program(
-    mesh: Mesh, optimizer: optax.GradientTransformation, params: Params
-) -> Callable[[Params], TrainState]:
+def init_program(mesh: Mesh, optimizer: optax.GradientTransformation, params: Params) -> Wrapped:
     """Trained weights -> the state before the first step, a copy of them included."""
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer), params)
     of_params = jax.tree.map(lambda x: x.sharding, params)
@@ -62,7 +61,7 @@ def init_program(
     return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)
 
 
-def publish_program(policy: Policy, shardings: Any) -> Callable[[Params, Params], Params]:
+def publish_program(policy: Policy, shardings: Any) -> Wrapped:
     """(trained, frozen) master weights -> the sampler's copy: compute dtype, its own layout."""
 
     def publish(params: Params, frozen: Params) -> Params:
@@ -71,9 +70,7 @@ def publish_program(policy: Policy, shardings: Any) -> Callable[[Params, Params]
     return jax.jit(publish, out_shardings=shardings)
 
 
-def rollout_program(
-    mesh: Mesh, policy: Policy, sampling: Sampling, keep_features: bool
-) -> Callable[[Params, Prompt, Array, Array], tuple[Rollout, Array | None]]:
+def rollout_program(mesh: Mesh, policy: Policy, sampling: Sampling, keep_features: bool) -> Wrapped:
     """(sampler's weights, prompts, seed, step) -> completions, and vision features if asked for.
 
     The draws are a function of (seed, step, row): not of the mesh, nor of what was drawn before.
@@ -91,9 +88,7 @@ def rollout_program(
     return jax.jit(rollout, out_shardings=NamedSharding(mesh, PROMPTS))
 
 
-def score_program(
-    mesh: Mesh, rewards: RewardSection, divide_by_std: bool
-) -> Callable[[Answers, Truth], Scores]:
+def score_program(mesh: Mesh, rewards: RewardSection, divide_by_std: bool) -> Wrapped:
     """(parsed answers, ground truth) -> rewards and advantages."""
     weights = RewardWeights(rewards.format, rewards.choice, rewards.iou)
 
@@ -105,9 +100,7 @@ def score_program(
     return jax.jit(score, out_shardings=NamedSharding(mesh, PROMPTS))
 
 
-def reference_program(
-    mesh: Mesh, policy: Policy
-) -> Callable[[Params, Prompt, Array | None, Array], Array]:
+def reference_program(mesh: Mesh, policy: Policy) -> Wrapped:
     """(reference weights, prompts, features, completions) -> log-probabilities f32[P, G, C]."""
 
     def reference(
@@ -124,7 +117,7 @@ def update_program(
     config: Config,
     optimizer: optax.GradientTransformation,
     state_shardings: TrainState,
-) -> Callable[[TrainState, Params, UpdateBatch], tuple[TrainState, dict[str, Array]]]:
+) -> Wrapped:
     """(state, frozen weights, batch) -> the next state and scalar metrics; the state is donated."""
 
     def update(
@@ -148,7 +141,7 @@ def sft_program(
     config: Config,
     optimizer: optax.GradientTransformation,
     state_shardings: TrainState,
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+) -> Wrapped:
     """(state, frozen weights, prompts, completions [P, 1, C], lengths [P, 1]) -> state, metrics."""
 
     def sft(
@@ -211,7 +204,7 @@ def truth_shapes(mesh: Mesh, prompts: int, spans: int) -> Truth:
     )
 
 
-def scalar_shape(mesh: Mesh) -> jax.ShapeDtypeStruct:
+def scalar_shape(mesh: Mesh) -> Any:
     """An int32 that every device holds: a seed or a step number."""
     return shape_on(mesh, PartitionSpec(), (), np.int32)
 

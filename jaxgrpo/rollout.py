@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from models.qwen2_5_vl.processor import Prompt
 
 from jaxgrpo.policy import NEVER, Vocabulary, policy_logits
 from models.qwen2_5_vl.model import CompletionCache, Qwen2_5_VL
+from models.qwen2_5_vl.processor import Prompt
 
 
 class Sampling(NamedTuple):

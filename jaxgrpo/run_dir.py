@@ -1,11 +1,11 @@
 """The run directory: one run's checkpoints, metrics, samples and pictures.
 
-    checkpoints/STEP   weights, optimiser, data state, config
-    metrics.jsonl      a line per training step and per evaluation
-    completions.jsonl  sampled completions with their rewards
-    tensorboard/       the same numbers for TensorBoard
-    config.yaml        the whole config, defaults included
-    curves.png         written at the end
+checkpoints/STEP   weights, optimiser, data state, config
+metrics.jsonl      a line per training step and per evaluation
+completions.jsonl  sampled completions with their rewards
+tensorboard/       the same numbers for TensorBoard
+config.yaml        the whole config, defaults included
+curves.png         written at the end
 """
 
 from __future__ import annotations

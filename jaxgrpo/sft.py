@@ -70,8 +70,8 @@ def main(config: Config) -> None:
         trained, frozen = split_frozen(params, config.model.freeze_vision)
         state = run.restore(init_program(mesh, optimizer, trained)(trained))
         del params, trained
-        publish = publish_program(policy, param_shardings(policy.config, mesh, SAMPLER_RULES))
-        publish = publish.lower(state.params, frozen).compile()
+        layout = param_shardings(policy.config, mesh, SAMPLER_RULES)
+        publish = publish_program(policy, layout).lower(state.params, frozen).compile()
         sampler = publish(state.params, frozen)
         programs = [
             compile_sft(config, mesh, policy, bucket, optimizer, state, frozen)
@@ -116,9 +116,7 @@ def main(config: Config) -> None:
                 stop_if_not_finite(int(metrics["skipped_in_a_row"]), batch.step, records, config)
                 if last or (config.eval.every and done % config.eval.every == 0):
                     sampler = publish(state.params, frozen)
-                    scores = run_evaluation(
-                        done, config, mesh, eval_programs, sampler, inputs, run
-                    )
+                    scores = run_evaluation(done, config, mesh, eval_programs, sampler, inputs, run)
                     progress.print(evaluate.table({f"step {done}": scores}))
                 if last or done % config.checkpoint.every == 0:
                     run.save(done, state)

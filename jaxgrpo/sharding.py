@@ -130,7 +130,9 @@ def check_divides(mesh: Mesh, model: ModelConfig, sizes: dict[str, int]) -> None
             )
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+def param_shardings(
+    config: ModelConfig, mesh: Mesh, rules: Mapping[str, str | None] = RULES
+) -> Any:
     """NamedShardings of every weight, in the nesting of the parameters."""
     return jax.tree.map(
         lambda names: NamedSharding(mesh, PartitionSpec(*(rules[name] for name in names))),
@@ -147,20 +149,18 @@ def put_global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def shardings_like(mesh: Mesh, tree: Any, params: Any, param_shardings: Any) -> Any:
     """Shardings for a tree that holds copies of `params` (Adam moments); the rest is replicated."""
     replicated = NamedSharding(mesh, PartitionSpec())
-    structure = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)
 
     def is_copy(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
+        return bool(structure == jax.tree.structure(node))
 
     return jax.tree.map(
         lambda node: param_shardings if is_copy(node) else replicated, tree, is_leaf=is_copy
     )
 
 
-def shape_on(
-    mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], dtype: Any
-) -> jax.ShapeDtypeStruct:
-    """The shape of a global array and where it lies, to compile for."""
+def shape_on(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], dtype: Any) -> Any:
+    """The shape of a global array and where it lies (`ShapeDtypeStruct`), to compile for."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
@@ -181,7 +181,9 @@ def process_rows(mesh: Mesh, prompts: int) -> slice:
     Processes that differ only in the tensor coordinate feed the same rows.
     """
     sharding = NamedSharding(mesh, PROMPTS)
-    local = sharding.addressable_devices_indices_map((prompts,)).values()
+    local = [
+        index for index in sharding.addressable_devices_indices_map((prompts,)).values() if index
+    ]
     starts = [index[0].start or 0 for index in local]
     stops = [prompts if index[0].stop is None else index[0].stop for index in local]
     rows = slice(min(starts), max(stops))

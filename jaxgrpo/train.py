@@ -91,18 +91,22 @@ def main(config: Config) -> None:
         # ---- programs: everything is compiled before the first step ----
         started = time.perf_counter()
         say(f"compiling for prompts of at most {list(config.data.buckets)} tokens ...")
-        publish = publish_program(policy, param_shardings(policy.config, mesh, SAMPLER_RULES))
-        publish = publish.lower(state.params, frozen).compile()
+        layout = param_shardings(policy.config, mesh, SAMPLER_RULES)
+        publish = publish_program(policy, layout).lower(state.params, frozen).compile()
         sampler = publish(state.params, frozen)
         programs = [
             compile_train(config, mesh, policy, bucket, optimizer, state, frozen, sampler)
             for bucket in inputs.buckets
         ]
-        score = score_program(mesh, config.reward, config.grpo.divide_by_std)
-        score = score.lower(
+        score_shapes = (
             answer_shapes(mesh, prompts, config.rollout.group),
             truth_shapes(mesh, prompts, inputs.max_spans),
-        ).compile()
+        )
+        score = (
+            score_program(mesh, config.reward, config.grpo.divide_by_std)
+            .lower(*score_shapes)
+            .compile()
+        )
         eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, sampler)
         say(f"compiled in {time.perf_counter() - started:.0f} s")
 
@@ -128,7 +132,7 @@ def main(config: Config) -> None:
         seed = put_scalar(mesh, config.seed)
         with loader:
             batch = next(loader, None)
-            on_device = put_prompts(mesh, batch.prompts) if batch else None
+            on_device: Any = put_prompts(mesh, batch.prompts) if batch else None
             while batch is not None:
                 step, records = batch.step, [inputs.train.records[item] for item in batch.items]
                 program = programs[batch.bucket]
@@ -191,7 +195,7 @@ def main(config: Config) -> None:
                 if (step + 1) % config.log.every == 0 or following is None:
                     run.write(step + 1, "train", metrics)
                     mine = jax.tree.map(lambda x: x[rows], earned)
-                    kept = samples(records, texts, mine, config.log.samples)
+                    kept = samples(records, texts, sampled.lengths[rows], mine, config.log.samples)
                     run.write_completions(step + 1, "train", kept)
                 progress.update(metrics)
                 stop_if_not_finite(int(updated["skipped_in_a_row"]), step, records, config)
@@ -256,7 +260,11 @@ def step_metrics(scores: Scores, sampled: Any, updated: dict[str, Any]) -> dict[
 
 
 def samples(
-    records: Sequence[Record], texts: Sequence[Sequence[str]], scores: Scores, count: int
+    records: Sequence[Record],
+    texts: Sequence[Sequence[str]],
+    lengths: np.ndarray,
+    scores: Scores,
+    count: int,
 ) -> list[dict[str, Any]]:
     """The first completion of `count` prompts as lines for people to read."""
     return [
@@ -265,17 +273,15 @@ def samples(
                 record,
                 texts[p][0],
                 float(scores.total[p, 0]),
-                *(float(scores.components[name][p, 0]) for name in ("format", "choice", "iou")),
-                tokens=0,
+                {name: float(values[p, 0]) for name, values in scores.components.items()},
+                int(lengths[p, 0]),
             )
         )
         for p, record in enumerate(records[:count])
     ]
 
 
-def stop_if_not_finite(
-    in_a_row: int, step: int, records: Sequence[Record], config: Config
-) -> None:
+def stop_if_not_finite(in_a_row: int, step: int, records: Sequence[Record], config: Config) -> None:
     """Ends the run when too many steps in a row were skipped.
 
     Raises:

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from models.qwen2_5_vl.processor import Prompt
 
 from jaxgrpo.config import GrpoSection, OptimSection
 from jaxgrpo.grpo import LossInputs, completion_mask, grpo_loss, token_weights
 from jaxgrpo.policy import Params, Policy
+from models.qwen2_5_vl.processor import Prompt
 
 
 class TrainState(NamedTuple):
@@ -95,7 +95,9 @@ def grpo_gradients(
     weights, count = token_weights(mask, config.aggregation)
     tokens = jnp.maximum(mask.sum(), 1.0)
 
-    def loss_sum(params: Params, micro: tuple[UpdateBatch, Array, Array]):
+    def loss_sum(
+        params: Params, micro: tuple[UpdateBatch, Array, Array]
+    ) -> tuple[Array, dict[str, Array]]:
         batch, weights, mask = micro
         logp, entropy = policy.log_probs(
             params | frozen, batch.prompt, batch.features, batch.completions
@@ -134,7 +136,9 @@ def sft_gradients(
     mask = completion_mask(lengths, completions.shape[2])
     count = jnp.maximum(mask.sum(), 1.0)
 
-    def loss_sum(params: Params, micro: tuple[Prompt, Array, Array]):
+    def loss_sum(
+        params: Params, micro: tuple[Prompt, Array, Array]
+    ) -> tuple[Array, dict[str, Array]]:
         prompt, completions, mask = micro
         logp, entropy = policy.log_probs(params | frozen, prompt, None, completions)
         return -jnp.sum(mask * logp), {"entropy": jnp.sum(mask * entropy)}

@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 # A finite "minus infinity": a row whose keys are all masked (a padded query) yields the mean of
 # the values, which nothing reads, instead of NaN, which the backward pass would spread.
@@ -26,7 +27,7 @@ def _split_heads(q: Array, kv_heads: int) -> Array:
     return q.reshape(*batch, kv_heads, heads // kv_heads, dim)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def attend(q: Array, k: Array, v: Array, mask: ArrayLike) -> Array:
     """Softmax attention under a boolean mask.
 
     Args:
@@ -42,14 +43,20 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     q = _split_heads(q, k.shape[-2])
     scores = jnp.einsum("...tkrh,...skh->...krts", q, k, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(q.shape[-1])
-    scores = jnp.where(mask[..., None, None, :, :], scores, _MASKED)
+    scores = jnp.where(jnp.asarray(mask)[..., None, None, :, :], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("...krts,...skh->...tkrh", weights, v)
     return out.reshape(*out.shape[:-3], -1, out.shape[-1])
 
 
 def attend_shared_prompt(
-    q: Array, k: Array, v: Array, k_prompt: Array, v_prompt: Array, valid: Array, mask: Array
+    q: Array,
+    k: Array,
+    v: Array,
+    k_prompt: Array,
+    v_prompt: Array,
+    valid: ArrayLike,
+    mask: ArrayLike,
 ) -> Array:
     """Completion queries over one prompt's keys, held once for the group, and their own.
 
@@ -70,7 +77,7 @@ def attend_shared_prompt(
     """
     q = _split_heads(q, k.shape[-2]) / math.sqrt(q.shape[-1])
     prompt = jnp.einsum("pgtkrh,pskh->pkgrts", q, k_prompt, preferred_element_type=jnp.float32)
-    prompt = jnp.where(valid[:, None, None, None, None, :], prompt, _MASKED)
+    prompt = jnp.where(jnp.asarray(valid)[:, None, None, None, None, :], prompt, _MASKED)
     own = jnp.einsum("pgtkrh,pgckh->pkgrtc", q, k, preferred_element_type=jnp.float32)
     own = jnp.where(mask, own, _MASKED)
 

@@ -14,8 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+
 def parameter(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Literal["ones", "zeros"] | int
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    init: Literal["ones", "zeros"] | int,
 ) -> nnx.Param:
     """Declares one float32 weight.
 

@@ -130,7 +130,7 @@ class ModelConfig:
                 f"{source}: mrope_section is {list(section)}, expected three numbers that sum to "
                 f"half the head dimension ({head_dim} / 2)"
             )
-        theta = rope.get("rope_theta", text.get("rope_theta", 1_000_000.0))
+        theta: Any = rope.get("rope_theta", text.get("rope_theta", 1_000_000.0))
         config = cls(
             vision=VisionConfig(
                 depth=vision["depth"],

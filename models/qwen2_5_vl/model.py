@@ -103,15 +103,16 @@ class Qwen2_5_VL(nnx.Module):
         positions = jnp.broadcast_to(position[:, :, None, None], (*tokens.shape, 1, 3))
         mask = jnp.arange(cache.k.shape[3])[None] <= step  # bool[T=1, C]
 
-        def attention(q, k, v, layer_prompt, carry):
+        def attention(q: Array, k: Array, v: Array, layer_prompt: Any, carry: Any) -> Any:
             layer, cache = carry
             start = (layer, 0, 0, step, 0, 0)
             cache = CompletionCache(
                 k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), start),
                 v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), start),
             )
-            own = [jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache]
-            out = attend_shared_prompt(q, *own, *layer_prompt, prompt.valid, mask)
+            k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
+            k_prompt, v_prompt = layer_prompt
+            out = attend_shared_prompt(q, k, v, k_prompt, v_prompt, prompt.valid, mask)
             return out, (layer + 1, cache), None
 
         hidden, (_, cache), _ = self.text(
@@ -163,12 +164,16 @@ class Qwen2_5_VL(nnx.Module):
         positions = jnp.concatenate([prompt.positions, steps], axis=1)
         own_mask = np.tril(np.ones((c, c), bool))
 
-        def attention(q, k, v, extra, carry):
+        def attention(q: Array, k: Array, v: Array, extra: Any, carry: Any) -> Any:
             q_own, k_own, v_own = (x[:, s:].reshape(p, g, c, *x.shape[2:]) for x in (q, k, v))
             q, k, v = q[:, :s], k[:, :s], v[:, :s]
             of_prompt = attend(q, k, v, _causal(valid))
             own = attend_shared_prompt(q_own, k_own, v_own, k, v, valid, own_mask)
-            return jnp.concatenate([of_prompt, own.reshape(p, g * c, *own.shape[3:])], 1), carry, None
+            return (
+                jnp.concatenate([of_prompt, own.reshape(p, g * c, *own.shape[3:])], 1),
+                carry,
+                None,
+            )
 
         hidden, _, _ = self.text(packed, positions, attention, remat=remat)
         first = _last(hidden[:, :s], prompt.length)[:, None, None]  # [P, 1, 1, D]
@@ -194,7 +199,7 @@ def next_position(prompt: Prompt) -> Array:
 def _causal(valid: Array) -> Array:
     """bool[P, S] -> bool[P, S, S]: causal, and only keys that are tokens."""
     length = valid.shape[1]
-    return np.tril(np.ones((length, length), bool)) & valid[:, None, :]
+    return jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :]
 
 
 def _last(hidden: Array, length: Array) -> Array:

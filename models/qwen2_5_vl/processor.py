@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -36,6 +36,7 @@ from models.qwen2_5_vl.positions import (
 
 Int32 = NDArray[np.int32]
 UInt8 = NDArray[np.uint8]
+Tensor: TypeAlias = Any
 
 MAX_ASPECT_RATIO = 200
 END_OF_TURN = "<|im_end|>"
@@ -96,17 +97,19 @@ class PixelLimits:
 class Prompt(NamedTuple):
     """One prompt. A batch is the same with a leading axis P, padded to its bucket by `collate`.
 
+    The fields are NumPy arrays on the host, JAX arrays on the device.
+
     Indices (vision_index, window_index, frame_index) count within the prompt, also in a batch.
     """
 
-    tokens: Int32  # [S]
-    positions: Int32  # [S, 3] M-RoPE (t, h, w); padding 0
-    vision_index: Int32  # [S] the merged unit (window order) that is embedded here, -1 = text
-    length: Int32  # [] valid tokens
-    patches: UInt8  # [N, 3 * 2 * 14 * 14] raw pixels (channel, frame, row, column), window order
-    patch_hw: Int32  # [N, 2] row and column of the patch in its frame
-    window_index: Int32  # [W, K] patches of each window, -1 = padding
-    frame_index: Int32  # [T, Q] patches of each frame, -1 = padding
+    tokens: Tensor  # i32[S]
+    positions: Tensor  # i32[S, 3] M-RoPE (t, h, w); padding 0
+    vision_index: Tensor  # i32[S] the merged unit (window order) that is embedded here, -1 = text
+    length: Tensor  # i32[] valid tokens
+    patches: Tensor  # u8[N, 3 * 2 * 14 * 14] raw pixels (channel, frame, row, column), window order
+    patch_hw: Tensor  # i32[N, 2] row and column of the patch in its frame
+    window_index: Tensor  # i32[W, K] patches of each window, -1 = padding
+    frame_index: Tensor  # i32[T, Q] patches of each frame, -1 = padding
 
     @property
     def size(self) -> Size:

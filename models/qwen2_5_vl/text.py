@@ -78,7 +78,9 @@ class Decoder(nnx.Module):
         self.layers = DecoderLayers(config, rngs)
         self.norm = parameter(rngs, (config.width,), ("norm",), init="ones")
         if not config.tied:
-            self.head = parameter(rngs, (config.vocab, config.width), ("vocab", "embed"), config.width)
+            self.head = parameter(
+                rngs, (config.vocab, config.width), ("vocab", "embed"), config.width
+            )
 
     def embed_tokens(self, tokens: Array) -> Array:
         """int32[*B, T] -> [*B, T, D]."""
@@ -110,7 +112,7 @@ class Decoder(nnx.Module):
         cos, sin = self.rotary(positions, x.dtype)
         layer_def, layer_params = nnx.split(self.layers)
 
-        def run_layer(state, scanned):
+        def run_layer(state: Any, scanned: Any) -> tuple[Any, Any]:
             x, carry = state
             params, extra = scanned
             layer = nnx.merge(layer_def, params)
@@ -138,6 +140,4 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """[*B, D] -> float32[*B, V]."""
         head = self.embed if self.config.tied else self.head
-        return jnp.einsum(
-            "...d,vd->...v", hidden, head[...], preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("...d,vd->...v", hidden, head[...], preferred_element_type=jnp.float32)

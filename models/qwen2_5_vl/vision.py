@@ -12,6 +12,7 @@ ragged windows cost nothing there; only attention gathers patches into padded se
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def rotate_half(x: Array) -> Array:
     return jnp.concatenate([-b, a], axis=-1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=())
+@jax.custom_vjp
 def permute(x: Array, index: Array, inverse: Array) -> Array:
     """Moves rows: `out[p, i] = x[p, index[p, i]]`, zero where the index is -1.
 
@@ -61,11 +62,11 @@ def permute(x: Array, index: Array, inverse: Array) -> Array:
     return jnp.where((index >= 0).reshape(rows.shape), taken, 0)
 
 
-def _permute_forward(x: Array, index: Array, inverse: Array):
+def _permute_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple[Array, Array]]:
     return permute(x, index, inverse), (index, inverse)
 
 
-def _permute_backward(residual, gradient: Array):
+def _permute_backward(residual: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
     index, inverse = residual
     return permute(gradient, inverse, index), None, None
 
@@ -153,7 +154,9 @@ class VisionTower(nnx.Module):
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         self.config = config
-        self.patch_embed = parameter(rngs, (config.patch_dim, config.width), ("patch", "vision_embed"), config.patch_dim)
+        self.patch_embed = parameter(
+            rngs, (config.patch_dim, config.width), ("patch", "vision_embed"), config.patch_dim
+        )
         self.blocks = VisionBlocks(config, rngs)
         self.merger = VisionMerger(config, rngs)
 
@@ -187,7 +190,7 @@ class VisionTower(nnx.Module):
         block_def, block_params = nnx.split(self.blocks)
         is_full = np.isin(np.arange(config.depth), config.full_attention_blocks)
 
-        def run_block(x: Array, scanned) -> tuple[Array, None]:
+        def run_block(x: Array, scanned: Any) -> tuple[Array, None]:
             params, full = scanned
             block = nnx.merge(block_def, params)
             qkv = block.query_key_value(x, cos, sin)

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import ml_dtypes
@@ -155,7 +155,7 @@ def read_index(directory: str | Path) -> dict[str, Tensor]:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is named in {index_file.name} but does not exist")
         with safe_open(file, framework="numpy") as handle:
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
                 view, released = handle.get_slice(name), released_name(name)
                 if released in tensors:
                     other = tensors[released]
@@ -232,7 +232,9 @@ def _reverse(pattern: str) -> str:
     return f"{right} -> {left}"
 
 
-def _check_tensors(source: str, tensors: Mapping[str, Tensor], rows: list, config: ModelConfig):
+def _check_tensors(
+    source: str, tensors: Mapping[str, Tensor], rows: list[Any], config: ModelConfig
+) -> None:
     expected = {
         name: _released_shape(row, shape, sizes)
         for row, _, shape, names, sizes in rows
@@ -271,7 +273,7 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 class _Handles:
     """Open safetensors files, each opened once."""
 
-    def __enter__(self) -> _Handles:
+    def __enter__(self) -> Self:
         self._open: dict[Path, Any] = {}
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -47,9 +48,7 @@ def test_the_worked_example_of_advantages() -> None:
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 0.7, 1e-20, 16777216.0])
 @pytest.mark.parametrize("group", [2, 3, 7, 8])
 @pytest.mark.parametrize("divide", [True, False])
-def test_a_group_of_equal_rewards_gets_exact_zeros(
-    reward: float, group: int, divide: bool
-) -> None:
+def test_a_group_of_equal_rewards_gets_exact_zeros(reward: float, group: int, divide: bool) -> None:
     """Also where the mean of n equal float32 numbers is not that number."""
     rewards = jnp.full((2, group), reward, jnp.float32)
     assert np.array_equal(group_advantages(rewards, divide), np.zeros((2, group)))
@@ -280,3 +279,16 @@ def test_what_stands_behind_a_completion_neither_counts_nor_learns(
     np.testing.assert_array_equal(value, dirty_value)
     np.testing.assert_array_equal(gradient, dirty)
     np.testing.assert_array_equal(np.asarray(gradient)[padding], 0.0)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_group_of_equal_rewards_has_no_gradient(aggregation: Aggregation) -> None:
+    """Whatever the ratios are; with no KL and no entropy bonus, exact zeros."""
+    config = dataclasses.replace(PLAIN, aggregation=aggregation)
+    x = random_inputs(5)
+    x["advantages"] = np.asarray(group_advantages(jnp.full((3, 4), 0.3)))
+
+    def loss(logp: jax.Array) -> jax.Array:
+        return our_loss(x | {"logp": logp}, config)[0]  # type: ignore[dict-item]
+
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.asarray(x["logp"])), 0.0)

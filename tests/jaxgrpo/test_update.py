@@ -53,9 +53,7 @@ WIDTH = 7
 
 def section(aggregation: Aggregation) -> GrpoSection:
     """Every term of the loss at work, the two clips of different widths."""
-    return GrpoSection(
-        clip_low=0.2, clip_high=0.28, kl=0.05, entropy=0.01, aggregation=aggregation
-    )
+    return GrpoSection(clip_low=0.2, clip_high=0.28, kl=0.05, entropy=0.01, aggregation=aggregation)
 
 
 class Step(NamedTuple):
@@ -79,9 +77,7 @@ def step(small: Callable[[bool], SmallModel]) -> Callable[..., Step]:
     @cache
     def make(tied: bool, aggregation: Aggregation, width: int = WIDTH, prompts: int = 4) -> Step:
         model, config = small(tied), section(aggregation)
-        groups = random_groups(
-            model, group=4, width=width, seed=2, layouts=LAYOUTS[:prompts]
-        )
+        groups = random_groups(model, group=4, width=width, seed=2, layouts=LAYOUTS[:prompts])
         loss = torch_grpo.grpo_loss(model.original, groups, objective(config, width))
         gradients = torch_grpo.gradients(model.original, loss.value)
         return Step(model, config, groups, update_batch(groups, width), loss, gradients)
@@ -161,9 +157,7 @@ def test_gradients_equal_torch_autograd_in_every_aggregation(
     step: Callable[..., Step], tied: bool, aggregation: Aggregation
 ) -> None:
     light = step(tied, aggregation, width=5, prompts=2)
-    result = our_gradients(
-        light.small.policy, light.small.params, {}, light.batch, light.config
-    )
+    result = our_gradients(light.small.policy, light.small.params, {}, light.batch, light.config)
     assert_equals_torch(light, result)
 
 
@@ -249,7 +243,7 @@ def test_a_shared_prompt_equals_repeated_prompts(heavy: Step, heavy_result: Resu
     """P prompts with G completions, and P * G prompts with one completion each."""
     small = heavy.small
     result = our_gradients(small.policy, small.params, {}, repeated(heavy.batch), heavy.config)
-    assert_same(result, heavy_result, 1e-4)
+    assert_same(result, heavy_result, 3e-5)
 
 
 def test_accumulation_equals_one_batch(heavy: Step, heavy_result: Result) -> None:
@@ -258,7 +252,7 @@ def test_accumulation_equals_one_batch(heavy: Step, heavy_result: Result) -> Non
     tokens = heavy.batch.lengths.sum(axis=1)
     assert tokens[0::2].sum() != tokens[1::2].sum()
     result = our_gradients(small.policy, small.params, {}, heavy.batch, heavy.config, accumulate=2)
-    assert_same(result, heavy_result, 2e-5)
+    assert_same(result, heavy_result, 5e-6)
 
 
 def test_chunks_of_logits_and_recomputation_change_nothing(
@@ -267,7 +261,7 @@ def test_chunks_of_logits_and_recomputation_change_nothing(
     policy = heavy.small.policy._replace(logit_chunk=3, remat=True)
     assert heavy.batch.completions.shape[2] % policy.logit_chunk
     result = our_gradients(policy, heavy.small.params, {}, heavy.batch, heavy.config)
-    assert_same(result, heavy_result, 1e-5)
+    assert_same(result, heavy_result, 1e-6)
 
 
 def test_a_frozen_tower_gets_no_gradient_and_no_optimiser_state(
@@ -283,7 +277,7 @@ def test_a_frozen_tower_gets_no_gradient_and_no_optimiser_state(
     batch = heavy.batch._replace(features=features)
     result = our_gradients(small.policy, trained, frozen, batch, heavy.config)
     gradients, metrics = heavy_result
-    assert_same(result, ({"text": gradients["text"]}, metrics), 1e-5)
+    assert_same(result, ({"text": gradients["text"]}, metrics), 5e-6)
     state = init_state(trained, make_optimizer(OptimSection(), 1))
     weights = len(jax.tree.leaves(small.params["text"]))
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
@@ -424,19 +418,6 @@ def test_a_non_finite_step_changes_no_bit(bad_gradient: float, bad_loss: float) 
     # As if the bad steps had never been: the same weights as without them.
     expected, _ = apply(state, good, jnp.float32(0.1))
     np.testing.assert_array_equal(resumed.params["matrix"], expected.params["matrix"])
-
-
-def test_groups_that_teach_nothing_give_no_gradient(heavy: Step) -> None:
-    """All rewards equal, no KL, no entropy bonus: exact zeros in every tensor."""
-    small = heavy.small
-    batch = heavy.batch._replace(
-        advantages=jnp.zeros_like(heavy.batch.advantages), old_logp=None, ref_logp=None
-    )
-    text_only = jax.tree.map(lambda x: x[:1], batch)
-    config = GrpoSection(kl=0.0, entropy=0.0)
-    gradients, metrics = our_gradients(small.policy, small.params, {}, text_only, config)
-    assert float(metrics["loss"]) == 0.0
-    assert all(not np.any(np.asarray(g)) for g in jax.tree.leaves(gradients))
 
 
 def test_the_layouts_are_ragged() -> None:

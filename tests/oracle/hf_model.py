@@ -14,6 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from models.qwen2_5_vl.processor import Prompt
 
 IMAGE, VIDEO, VISION_START, VISION_END = 1, 2, 3, 4  # ids of the small models' vision tokens
+NO_TOKENS = np.zeros(0, np.int32)
 PATCH_MEAN = np.repeat([0.48145466, 0.4578275, 0.40821073], 2 * 14 * 14)
 PATCH_STD = np.repeat([0.26862954, 0.26130258, 0.27577711], 2 * 14 * 14)
 
@@ -147,7 +148,7 @@ def logits(
     prompt: Prompt,
     image_grids: np.ndarray,
     video_grids: np.ndarray,
-    completion: np.ndarray = np.zeros(0, np.int32),
+    completion: np.ndarray = NO_TOKENS,
 ) -> torch.Tensor:
     """float32[S + C, V]: the original's logits on one unpadded prompt and a completion.
 

@@ -31,9 +31,7 @@ def random_prompt(
         if isinstance(part, Grid):
             units = part.t * part.h * part.w // 4
             pad = IMAGE if part.t == 1 else VIDEO
-            spans.append(
-                VisionSpan(len(tokens) + 1, part, seconds_per_grid if part.t > 1 else 0.0)
-            )
+            spans.append(VisionSpan(len(tokens) + 1, part, seconds_per_grid if part.t > 1 else 0.0))
             tokens += [VISION_START, *[pad] * units, VISION_END]
         else:
             tokens += rng.integers(FIRST_TEXT_ID, vocab, part).tolist()

@@ -53,9 +53,7 @@ def distribution(
     usable: np.ndarray,
 ) -> torch.Tensor:
     """float32[c, V]: log-probabilities that a completion's tokens are drawn from."""
-    logits = hf_model.logits(
-        model, group.prompt, group.image_grids, group.video_grids, completion
-    )
+    logits = hf_model.logits(model, group.prompt, group.image_grids, group.video_grids, completion)
     first = len(group.prompt.tokens) - 1
     logits = logits[first : first + len(completion)] / temperature
     logits = logits.masked_fill(~torch.tensor(usable), float("-inf"))

@@ -151,9 +151,7 @@ def test_a_padded_batch_equals_its_prompts_alone(models: Any) -> None:
     for p, name in enumerate(names):
         length = len(prompts[p].tokens)
         for g in range(2):
-            expected = hf_model.logits(
-                theirs, prompts[p], *grids(LAYOUTS[name]), completions[p, g]
-            )
+            expected = hf_model.logits(theirs, prompts[p], *grids(LAYOUTS[name]), completions[p, g])
             assert_close(logits[p, g], expected[length - 1 : -1])
 
 
@@ -169,6 +167,4 @@ def test_vision_features_equal_the_originals(models: Any) -> None:
             hf_model.pixel_values(prompt), grid_thw=torch.tensor([[3, 10, 14]])
         )
     expected = expected if isinstance(expected, torch.Tensor) else expected.pooler_output
-    np.testing.assert_allclose(
-        placed, expected.numpy(), rtol=0, atol=1e-4 * float(expected.std())
-    )
+    np.testing.assert_allclose(placed, expected.numpy(), rtol=0, atol=1e-4 * float(expected.std()))
