@@ -1,0 +1,367 @@
+"""A whole run in seconds: a handful of clips, a small model, and real processes to run it in.
+
+    python -m tests.jaxgrpo.tiny_run --kill checkpoint:4 train tiny.yaml run_dir=...
+
+is `python -m jaxgrpo.cli train tiny.yaml run_dir=...` that is killed with SIGKILL at a chosen point,
+and that writes down with `--counts FILE` what was compiled.
+
+What is expensive is made once per test session, by whichever pytest-xdist worker needs it first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import fcntl
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "models" / "tiny"
+CUT = "cut.mp4"  # its second half did not arrive
+NOTES = "notes.mp4"  # a text file
+STEPS = 6  # of the runs that are compared
+_PATIENCE = 540  # seconds that a process may take; a busy machine is slow
+
+# The weights of models/tiny are not used, so that these tests do not change with them.
+CONFIG: dict[str, Any] = {
+    "run_dir": "unset",
+    "seed": 3,
+    "model": {
+        "path": str(TINY),
+        "init": "random",
+        "compute_dtype": "float32",
+        "remat": "none",
+        "logit_chunk": 0,
+    },
+    "data": {
+        "min_pixels": 784,
+        "max_pixels": 784,
+        "thinking": False,
+        "buckets": [100],
+        "threads": 2,
+    },
+    "rollout": {"prompts": 4, "group": 2, "max_new_tokens": 28},
+    "grpo": {"kl": 0.01, "entropy": 0.001},
+    "optim": {"learning_rate": 5e-4, "warmup_steps": 2, "decay": "linear", "weight_decay": 0.01},
+    "train": {"steps": STEPS},
+    "sft": {"steps": 16, "batch": 6},
+    "eval": {"every": 3, "batch": 4},
+    "checkpoint": {"every": 2, "keep": 2},
+    "log": {"tensorboard": False, "samples": 2},
+}
+
+
+class Workplace(NamedTuple):
+    """Where the files of a test session are.
+
+    Attributes:
+      folder: for what tests make.
+      config: a YAML file; run_dir is given with every run.
+      clips: the data root. Manifests: train.jsonl and eval.jsonl, whole clips only;
+        mixed.jsonl and mixed_eval.jsonl also ask about CUT, and mixed.jsonl about NOTES.
+    """
+
+    folder: Path
+    config: Path
+    clips: Path
+
+
+def session_folder(base: Path) -> Path:
+    """The folder that all workers share, from `tmp_path_factory.getbasetemp()`."""
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder` as `make` left it; other workers wait for the one that makes it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    done = folder.with_name(f"{folder.name}.done")
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
+@functools.cache
+def workplace(base: Path) -> Workplace:
+    """The clips and the config of a session."""
+    folder = once(session_folder(base) / "tiny", _make_workplace)
+    return Workplace(folder, folder / "tiny.yaml", folder / "clips")
+
+
+def _make_workplace(folder: Path) -> None:
+    from data.records import read_manifest, write_manifest
+    from data.synthetic import SyntheticSpec, write_dataset
+    from tests.data.clips import write_cut
+
+    clips = folder / "clips"
+    spec = SyntheticSpec(train_clips=4, eval_clips=3, seconds=(4.0, 5.0), events=(1, 1))
+    train, evaluation = (
+        read_manifest(path, clips) for path in write_dataset(clips, spec, threads=2)
+    )
+    write_cut(clips / CUT)
+    (clips / NOTES).write_text("not a video\n")
+    grounding = next(record for record in train if record.task == "tvg")
+    cut = dataclasses.replace(grounding, id="cut", video=CUT, duration=None)
+    notes = dataclasses.replace(grounding, id="notes", video=NOTES, duration=None)
+    write_manifest(clips / "mixed.jsonl", [*train[:5], cut, notes, *train[5:]])
+    write_manifest(clips / "mixed_eval.jsonl", [*evaluation[:4], cut, *evaluation[4:]])
+    manifests = {
+        "root": str(clips),
+        "train": str(clips / "train.jsonl"),
+        "eval": str(clips / "eval.jsonl"),
+    }
+    config = CONFIG | {"data": CONFIG["data"] | manifests}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def mixed(place: Workplace) -> list[str]:
+    """Overrides that put the unreadable and the truncated video into the data."""
+    return [f"data.{k}={place.clips / v}" for k, v in MIXED.items()]
+
+
+MIXED = {"train": "mixed.jsonl", "eval": "mixed_eval.jsonl"}
+
+
+def cold_start(place: Workplace) -> Path:
+    """The run directory of a short supervised training: a model that knows the formats."""
+
+    def make(folder: Path) -> None:
+        run(place, "sft", folder, "optim.learning_rate=5e-3", "optim.decay=constant")
+
+    return once(place.folder / "cold_start", make)
+
+
+def started(place: Workplace) -> list[str]:
+    """Overrides with which a run starts from `cold_start`."""
+    return [f"model.path={cold_start(place)}", "model.init=checkpoint"]
+
+
+# ---- processes ----
+
+
+def environment(place: Workplace, devices: int = 1) -> dict[str, str]:
+    """Of a process with so many CPU devices, whose compilations the session remembers."""
+    flags = (
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_backend_optimization_level=0",  # compiling is what takes time here
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(flags),
+        "JAX_COMPILATION_CACHE_DIR": str(place.folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+class Finished(NamedTuple):
+    """A process that has ended: its exit code, negative for a signal, and what it printed."""
+
+    code: int
+    out: str
+
+
+def start(
+    place: Workplace,
+    *arguments: str,
+    devices: int = 1,
+    module: str = "jaxgrpo.cli",
+    env: dict[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """Starts a command; stdout and stderr come through one pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=environment(place, devices) | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+
+def wait(process: subprocess.Popen[str]) -> Finished:
+    """Waits for its end; a process that hangs is killed and fails the test."""
+    try:
+        out, _ = process.communicate(timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return Finished(process.returncode, out)
+
+
+def run(
+    place: Workplace,
+    command: str,
+    run_dir: Path,
+    *overrides: str,
+    devices: int = 1,
+    kill: str = "",
+    counts: Path | None = None,
+    code: int | None = None,
+) -> Finished:
+    """Runs `jaxgrpo COMMAND tiny.yaml run_dir=...` in a process of its own to its end.
+
+    Args:
+      kill: a point to be killed at, see `arm`.
+      counts: where to write how often each program was compiled.
+      code: the exit code expected; by default that of success, or of SIGKILL with `kill`.
+    """
+    arguments = [command, str(place.config), f"run_dir={run_dir}", *overrides]
+    module = "jaxgrpo.cli"
+    if kill or counts:
+        module = "tests.jaxgrpo.tiny_run"
+        arguments = [f"--kill={kill}", f"--counts={counts or ''}", *arguments]
+    finished = wait(start(place, *arguments, devices=devices, module=module))
+    expected = (-signal.SIGKILL if kill else 0) if code is None else code
+    assert finished.code == expected, finished.out
+    return finished
+
+
+def run_processes(
+    place: Workplace, count: int, run_dir: Path, *overrides: str, kill: str = ""
+) -> list[Finished]:
+    """Runs `jaxgrpo train` in `count` processes of one device each that work as one job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        start(
+            place,
+            f"--kill={kill}",
+            *("train", str(place.config), f"run_dir={run_dir}", *overrides),
+            module="tests.jaxgrpo.tiny_run",
+            env={
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
+            },
+        )
+        for index in range(count)
+    ]
+    return [wait(process) for process in processes]
+
+
+# ---- what a run left ----
+
+
+def lines(run_dir: Path, split: str | None = None) -> list[dict[str, Any]]:
+    """metrics.jsonl, parsed."""
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if split in (None, line["split"])]
+
+
+def without_times(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines without what a clock measured."""
+    timed = ("time/", "throughput/")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in found]
+
+
+def state_of(run_dir: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint: weights, optimiser, counters."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    steps = [int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()]
+    path = run_dir / "checkpoints" / str(max(steps)) / "state"
+    with ocp.PyTreeCheckpointer() as reader:
+        shapes = reader.metadata(path.absolute()).item_metadata.tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        tree = reader.restore(path.absolute(), restore_args=on_host)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in flat}
+
+
+def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Fails unless both hold the same arrays, bit for bit."""
+    assert found.keys() == expected.keys()
+    different = [k for k in expected if found[k].tobytes() != expected[k].tobytes()]
+    assert not different
+
+
+# ---- the killed process ----
+
+
+def arm(point: str) -> None:
+    """Makes this process kill itself with SIGKILL at a point of its run.
+
+    Points: "update:N", N updates were done and the last is not yet written down; "line:N", the
+    N-th line of metrics.jsonl is half written; "checkpoint:N", the one of step N is being written
+    in the background; "evaluation:N", in the middle of this process's N-th evaluation.
+    """
+    from jaxgrpo import evaluate
+    from jaxgrpo.run_dir import RunDir
+
+    name, _, number = point.partition(":")
+    count = int(number)
+    write, save, summarise = RunDir.write, RunDir.save, evaluate.summarise
+    evaluations = collections.Counter[str]()
+
+    def killing_write(self: RunDir, step: int, split: str, metrics: Any) -> None:
+        here = split == "train" and step == count
+        if here and name == "update":
+            die()
+        write(self, step, split, metrics)
+        if here and name == "line":
+            with open(self.path / "metrics.jsonl", "r+b") as file:
+                file.truncate(file.seek(0, os.SEEK_END) - 40)
+            die()
+
+    def killing_save(self: RunDir, step: int, state: Any) -> None:
+        save(self, step, state)
+        if name == "checkpoint" and step == count:
+            die()
+
+    def killing_summarise(predictions: Sequence[evaluate.Prediction]) -> dict[str, float]:
+        evaluations["done"] += 1
+        if name == "evaluation" and evaluations["done"] == count:
+            die()
+        return summarise(predictions)
+
+    RunDir.write, RunDir.save = killing_write, killing_save  # type: ignore[method-assign]
+    evaluate.summarise = killing_summarise
+
+
+def die() -> None:
+    """As `kill -9` does: no exit handler runs, no buffer is written."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> int:
+    """See the top of the module."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kill", default="")
+    parser.add_argument("--counts", default="")
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    from jaxgrpo import cli
+    from jaxgrpo.metrics import CompileCounter
+
+    if options.kill:
+        arm(options.kill)
+    with CompileCounter() as counter:
+        code = cli.main(options.rest)
+    if options.counts:
+        Path(options.counts).write_text(json.dumps(counter.counts))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
