@@ -1,4 +1,4 @@
-"""The tiny Qwen2.5-VL of the quickstart and the tests: `python -m jaxgrpo.tiny OUT`.
+"""The tiny Qwen2.5-VL of the quickstart and the tests: `python -m jaxgrpo.tiny OUT SCRATCH`.
 
 It has the released models' architecture and files, so everything that reads it (this project,
 `transformers`, vLLM) runs the code that it runs on a real checkpoint. Its tokenizer is byte-level
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ from tokenizers import (
 
 from data.prompts import question_text, target_text
 from data.synthetic import questions, rationale, scene
+from jaxgrpo import config, export, sft
 
+COLD_START = Path(__file__).parent.parent / "configs" / "cold_start.yaml"
+WEIGHTS = "model.safetensors"
 SYSTEM = "You are a helpful assistant."
 
 # Qwen's split: contractions, words with one leading mark, single digits, marks, line ends, blanks.
@@ -199,7 +203,7 @@ def _config(tokenizer: Tokenizer) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "sliding_window": 32768,
         "tie_word_embeddings": True,
-        "torch_dtype": "float32",
+        "torch_dtype": "bfloat16",
         "use_cache": True,
         "use_sliding_window": False,
         "vision_config": {
@@ -277,11 +281,39 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def train_weights(directory: Path, scratch: Path) -> None:
+    """Trains the weights from nothing, in two stages, and puts them into the model directory.
+
+    Single events first: the vision tower learns to see before the decoder learns to count.
+    """
+    common = [f"model.path={directory}"]
+    single = [
+        f"run_dir={scratch / 'single'}",
+        f"data.root={scratch / 'single-clips'}",
+        "data.synthetic.events=[1, 1]",
+        "data.synthetic.train_clips=1000",
+        "sft.steps=600",
+    ]
+    sft.main(config.load(COLD_START, common + single))
+    several = [
+        f"run_dir={scratch / 'several'}",
+        f"data.root={scratch / 'several-clips'}",
+        f"model.path={scratch / 'single'}",
+        "model.init=checkpoint",
+    ]
+    sft.main(config.load(COLD_START, common + several))
+    export.main(str(scratch / "several"), str(scratch / "exported"), "bfloat16")
+    shutil.copyfile(scratch / "exported" / WEIGHTS, directory / WEIGHTS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jaxgrpo.tiny", description=__doc__)
-    parser.add_argument("out", help="the model directory to write, for example models/tiny")
-    directory = make_model_directory(parser.parse_args().out)
-    print(f"wrote the config and the tokenizer to {directory} (no weights)")
+    parser.add_argument("out", type=Path, help="the model directory, for example models/tiny")
+    parser.add_argument("scratch", type=Path, help="where clips and training runs go; resumable")
+    options = parser.parse_args()
+    directory = make_model_directory(options.out)
+    train_weights(directory, options.scratch)
+    print(f"wrote {directory}")
 
 
 if __name__ == "__main__":

@@ -145,11 +145,13 @@ def main(config: Config) -> None:
                 ref_logp = None
                 if program.reference is not None:
                     ref_logp = program.reference(reference, on_device, features, rollout.tokens)
-                sampled = gather_to_host(rollout)
+                tokens, lengths, finished = gather_to_host(
+                    (rollout.tokens, rollout.lengths, rollout.finished)
+                )
                 sampled_at = time.perf_counter()
 
                 # ---- rewards: text -> answers on the host -> scores and advantages ----
-                texts = [[processor.decode(ids) for ids in row] for row in sampled.tokens[rows]]
+                texts = [[processor.decode(ids) for ids in row] for row in tokens[rows]]
                 tasks = [record.task for record in records]
                 answers = parse_batch(texts, tasks, thinking=config.data.thinking)
                 truth = truth_arrays(records, inputs.max_spans)
@@ -182,7 +184,7 @@ def main(config: Config) -> None:
                 for line in run.note_failures(batch.failures, inputs.train.records):
                     progress.print(line)
                 metrics = {
-                    **step_metrics(earned, sampled, updated),
+                    **step_metrics(earned, lengths, finished, updated),
                     "data/failed_videos": len(run.failures),
                     "compilations": compilations.total,
                     "time/rollout": sampled_at - begun,
@@ -190,12 +192,12 @@ def main(config: Config) -> None:
                     "time/update": ended - scored_at,
                     "time/data_wait": waited,
                     "time/step": ended - begun,
-                    "throughput/tokens_per_second": int(sampled.lengths.sum()) / (ended - begun),
+                    "throughput/tokens_per_second": int(lengths.sum()) / (ended - begun),
                 }
                 if (step + 1) % config.log.every == 0 or following is None:
                     run.write(step + 1, "train", metrics)
                     mine = jax.tree.map(lambda x: x[rows], earned)
-                    kept = samples(records, texts, sampled.lengths[rows], mine, config.log.samples)
+                    kept = samples(records, texts, lengths[rows], mine, config.log.samples)
                     run.write_completions(step + 1, "train", kept)
                 progress.update(metrics)
                 stop_if_not_finite(int(updated["skipped_in_a_row"]), step, records, config)
@@ -240,14 +242,16 @@ def run_evaluation(
     return scores
 
 
-def step_metrics(scores: Scores, sampled: Any, updated: dict[str, Any]) -> dict[str, float]:
+def step_metrics(
+    scores: Scores, lengths: np.ndarray, finished: np.ndarray, updated: dict[str, Any]
+) -> dict[str, float]:
     """The numbers of one training step, by the names of metrics.jsonl."""
     metrics = {
         "reward/total": float(scores.total.mean()),
         "reward/total_std": float(scores.total.std(axis=-1).mean()),
         "groups/zero_variance": float(scores.zero_variance.mean()),
-        "completion/length": float(sampled.lengths.mean()),
-        "completion/truncated": 1.0 - float(sampled.finished.mean()),
+        "completion/length": float(lengths.mean()),
+        "completion/truncated": 1.0 - float(finished.mean()),
     }
     for name, values in scores.components.items():
         defined = values[~np.isnan(values[:, 0])]  # the prompts whose task has this component

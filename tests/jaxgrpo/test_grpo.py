@@ -272,7 +272,7 @@ def test_what_stands_behind_a_completion_neither_counts_nor_learns(
     garbage["ref_logp"] = np.where(padding, np.float32(55.0), x["ref_logp"])
 
     def loss(logp: jax.Array, x: dict[str, np.ndarray]) -> jax.Array:
-        return our_loss(x | {"logp": logp}, config)[0]  # type: ignore[dict-item]
+        return our_loss(x | {"logp": logp}, config)[0]
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(x["logp"]), x)
     dirty_value, dirty = jax.value_and_grad(loss)(jnp.asarray(garbage["logp"]), x | garbage)
@@ -289,6 +289,6 @@ def test_a_group_of_equal_rewards_has_no_gradient(aggregation: Aggregation) -> N
     x["advantages"] = np.asarray(group_advantages(jnp.full((3, 4), 0.3)))
 
     def loss(logp: jax.Array) -> jax.Array:
-        return our_loss(x | {"logp": logp}, config)[0]  # type: ignore[dict-item]
+        return our_loss(x | {"logp": logp}, config)[0]
 
     np.testing.assert_array_equal(jax.grad(loss)(jnp.asarray(x["logp"])), 0.0)

@@ -78,7 +78,7 @@ def test_log_probs_and_entropies_of_every_chunking_equal_scipys(chunk: int) -> N
     rng = np.random.default_rng(0)
     hidden = (5 * rng.normal(size=(2, 3, 5, 4))).astype(np.float32)
     tokens = rng.choice([0, 2, 3], (2, 3, 5)).astype(np.int32)
-    logp, entropy = token_log_probs(Identity(), hidden, tokens, FOUR, TEMPERATURE, chunk)  # type: ignore[arg-type]
+    logp, entropy = token_log_probs(Identity(), hidden, tokens, FOUR, TEMPERATURE, chunk)
     scaled = np.where(FOUR.usable, hidden / TEMPERATURE, -np.inf)
     expected = scipy.special.log_softmax(scaled, axis=-1)
     np.testing.assert_allclose(
@@ -100,7 +100,7 @@ def test_a_certain_policy_has_zero_entropy_and_finite_gradients() -> None:
             jnp.array([[[2]]]),
             FOUR,
             1.0,
-            0,  # type: ignore[arg-type]
+            0,
         )
         return jnp.sum(logp + entropy)
 
@@ -116,7 +116,7 @@ def test_the_entropy_of_equal_logits_is_the_log_of_the_usable_ids() -> None:
         jnp.zeros((1, 1, 1), jnp.int32),
         FOUR,
         1.0,
-        0,  # type: ignore[arg-type]
+        0,
     )
     assert float(entropy[0, 0, 0]) == pytest.approx(np.log(3))
 

@@ -52,20 +52,20 @@ def assert_same(
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_attend_is_torchs_attention_with_grouped_heads(heads: int, kv_heads: int):
+def test_attend_is_torchs_attention_with_grouped_heads(heads: int, kv_heads: int) -> None:
     q, k, v = normal(0, 2, 5, heads, 8), normal(1, 2, 7, kv_heads, 8), normal(2, 2, 7, kv_heads, 8)
     mask = np.random.default_rng(3).random((2, 5, 7)) < 0.6
     mask[..., 0] = True  # torch returns NaN where no key may be read
     assert_same(lambda *x: attend(*x, mask), lambda *x: sdpa(*x, mask), [q, k, v])
 
 
-def test_a_causal_mask_is_shared_by_the_batch():
+def test_a_causal_mask_is_shared_by_the_batch() -> None:
     arrays = [normal(i, 3, 6, 2, 4) for i in range(3)]
     mask = np.tril(np.ones((6, 6), bool))
     assert_same(lambda *x: attend(*x, mask), lambda *x: sdpa(*x, mask), arrays)
 
 
-def test_there_may_be_many_batch_axes_or_none():
+def test_there_may_be_many_batch_axes_or_none() -> None:
     arrays = [normal(i, 2, 3, 5, 2, 4) for i in range(3)]
     mask = np.random.default_rng(3).random((2, 3, 1, 5)) < 0.5
     mask[..., 2] = True
@@ -74,7 +74,7 @@ def test_there_may_be_many_batch_axes_or_none():
     np.testing.assert_allclose(whole[1, 2], one, atol=1e-6)
 
 
-def test_the_padded_prompts_of_the_docstring():
+def test_the_padded_prompts_of_the_docstring() -> None:
     """Lengths 2 and 3 of 3: each prompt's tokens attend as they would alone."""
     q, k, v = (normal(i, 2, 3, 2, 4) for i in range(3))
     valid = np.array([[1, 1, 0], [1, 1, 1]], bool)
@@ -89,7 +89,7 @@ def test_the_padded_prompts_of_the_docstring():
         np.testing.assert_allclose(out[prompt, :length], alone, atol=1e-6)
 
 
-def test_a_query_without_keys_reads_their_mean_and_spreads_no_nan():
+def test_a_query_without_keys_reads_their_mean_and_spreads_no_nan() -> None:
     q, k, v = (normal(i, 4, 2, 4) for i in range(3))
     mask = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
     out, pullback = jax.vjp(lambda *x: attend(*x, mask), q, k, v)
@@ -98,7 +98,7 @@ def test_a_query_without_keys_reads_their_mean_and_spreads_no_nan():
         assert np.isfinite(gradient).all()
 
 
-def test_what_is_masked_gets_no_gradient():
+def test_what_is_masked_gets_no_gradient() -> None:
     q, k, v = (normal(i, 4, 2, 4) for i in range(3))
     mask = np.array([1, 1, 0, 1], bool)[None]
     _, pullback = jax.vjp(lambda *x: attend(*x, mask), q, k, v)
@@ -108,7 +108,7 @@ def test_what_is_masked_gets_no_gradient():
         assert np.abs(gradient[np.array([0, 1, 3])]).min() > 0
 
 
-def test_huge_scores_do_not_overflow():
+def test_huge_scores_do_not_overflow() -> None:
     q, k, v = (normal(i, 4, 2, 4) for i in range(3))
     mask = np.ones((4, 4), bool)
     out, pullback = jax.vjp(lambda *x: attend(*x, mask), q * 1e4, k * 1e4, v)
@@ -117,7 +117,7 @@ def test_huge_scores_do_not_overflow():
     assert all(np.isfinite(gradient).all() for gradient in pullback(jnp.ones_like(out)))
 
 
-def test_bfloat16_keeps_its_type_and_softmaxes_in_float32():
+def test_bfloat16_keeps_its_type_and_softmaxes_in_float32() -> None:
     q, k, v = (jnp.asarray(normal(i, 64, 2, 16), jnp.bfloat16) for i in range(3))
     mask = np.ones((64, 64), bool)
     out = attend(q, k, v, mask)
@@ -159,7 +159,7 @@ def repeated(valid: np.ndarray, mask: np.ndarray) -> Callable[..., torch.Tensor]
     [np.tril(np.ones((C, C), bool)), np.array([[1, 1, 0, 0]], bool)],
     ids=["update", "decoding token 1"],
 )
-def test_a_shared_prompt_equals_a_repeated_one(mask: np.ndarray):
+def test_a_shared_prompt_equals_a_repeated_one(mask: np.ndarray) -> None:
     valid = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
     assert_same(
         lambda *x: attend_shared_prompt(*x, valid, mask),
@@ -169,7 +169,7 @@ def test_a_shared_prompt_equals_a_repeated_one(mask: np.ndarray):
 
 
 @pytest.mark.parametrize("scale", [30.0, 1000.0])
-def test_either_part_may_hold_all_the_weight(scale: float):
+def test_either_part_may_hold_all_the_weight(scale: float) -> None:
     """The parts share their maximum, so a part far below the other vanishes and none overflows."""
     valid, mask = np.ones((P, S), bool), np.tril(np.ones((C, C), bool))
     for part in (1, 3):  # the completions' own keys, the prompt's keys
@@ -181,21 +181,21 @@ def test_either_part_may_hold_all_the_weight(scale: float):
         assert all(np.isfinite(g).all() for g in pullback(jnp.ones_like(out)))
 
 
-def test_without_a_prompt_only_the_completion_is_read():
+def test_without_a_prompt_only_the_completion_is_read() -> None:
     arrays = group()
     mask = np.tril(np.ones((C, C), bool))
     out = attend_shared_prompt(*arrays, np.zeros((P, S), bool), mask)
     np.testing.assert_allclose(out, attend(*arrays[:3], mask), atol=1e-6)
 
 
-def test_a_row_without_any_key_is_finite_in_value_and_gradient():
+def test_a_row_without_any_key_is_finite_in_value_and_gradient() -> None:
     valid, mask = np.zeros((P, S), bool), np.zeros((C, C), bool)
     out, pullback = jax.vjp(lambda *x: attend_shared_prompt(*x, valid, mask), *group())
     for array in (out, *pullback(jnp.ones_like(out))):
         assert np.isfinite(array).all()
 
 
-def test_the_padding_of_a_prompt_gets_no_gradient():
+def test_the_padding_of_a_prompt_gets_no_gradient() -> None:
     valid = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
     mask = np.tril(np.ones((C, C), bool))
     _, pullback = jax.vjp(lambda *x: attend_shared_prompt(*x, valid, mask), *group())
@@ -205,7 +205,7 @@ def test_the_padding_of_a_prompt_gets_no_gradient():
         assert np.abs(gradient[0, :3]).min() > 0
 
 
-def test_bfloat16_groups_stay_near_the_exact_result():
+def test_bfloat16_groups_stay_near_the_exact_result() -> None:
     valid, mask = np.ones((P, S), bool), np.tril(np.ones((C, C), bool))
     half = [jnp.asarray(a, jnp.bfloat16) for a in group()]
     out = attend_shared_prompt(*half, valid, mask)

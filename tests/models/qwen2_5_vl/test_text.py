@@ -18,7 +18,10 @@ from models.attention import attend
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, random_params
 from models.qwen2_5_vl.text import Decoder
+from models.qwen2_5_vl.weights import load
+from tests.oracle import hf_model
 from tests.oracle.hf_model import released_config
+from tests.oracle.prompts import grids, random_prompt
 
 RELEASES = Path(__file__).parents[3] / "configs" / "models"
 
@@ -101,17 +104,21 @@ def test_queries_and_keys_are_rotated_as_in_the_original(small: Decoder) -> None
 # ---- the layers ----
 
 
-def test_one_layer_is_the_originals_eps_included() -> None:
-    """The norms' eps comes from the config; at 0.5 a hard-coded one would show."""
-    raw = released_config(tied=True, rms_norm_eps=0.5, num_hidden_layers=1)
-    config = Qwen2_5_VLConfig.from_dict(raw).text_config
-    norm = original.Qwen2_5_VLRMSNorm(64, eps=config.rms_norm_eps)
-    x = np.random.default_rng(0).standard_normal((1, 5, 64)).astype(np.float32)
-    ours = decoder(raw)
-    ours.layers.o[...] = jnp.zeros_like(ours.layers.o[...])
-    ours.layers.down[...] = jnp.zeros_like(ours.layers.down[...])  # the layer adds nothing
-    hidden, _, _ = ours(jnp.asarray(x), jnp.zeros((1, 5, 3), jnp.int32), causal)
-    np.testing.assert_allclose(hidden, norm(torch.tensor(x)).detach().numpy(), atol=1e-6)
+def test_eps_and_rotary_base_come_from_the_config(tmp_path: Path) -> None:
+    """Against the original with values that no default has."""
+    raw = released_config(tied=True, rms_norm_eps=0.5, rope_theta=100.0)
+    theirs = hf_model.random_model(raw, seed=0)
+    hf_model.save_released(theirs, raw, tmp_path)
+    config = ModelConfig.load(tmp_path)
+    ours = nnx.merge(abstract_model(config)[0], load(tmp_path, config)).text
+    prompt = random_prompt(np.random.default_rng(0), [12])
+    hidden, _, _ = ours(
+        ours.embed_tokens(prompt.tokens[None]), jnp.asarray(prompt.positions)[None], causal
+    )
+    expected = hf_model.logits(theirs, prompt, *grids([12])).detach().numpy()
+    np.testing.assert_allclose(
+        ours.logits(hidden)[0], expected, rtol=0, atol=1e-4 * float(expected.std())
+    )
 
 
 def test_every_layer_gets_its_slice_and_hands_the_carry_on(small: Decoder) -> None:

@@ -42,8 +42,7 @@ def tower() -> VisionTower:
 @st.composite
 def partial_permutations(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     """(int32[2, J] with -1 for padding and each row at most once, number of rows)."""
-    rows = draw(st.integers(1, 7))
-    slots = draw(st.integers(1, 9))
+    rows, slots = draw(st.sampled_from([(5, 7), (7, 4), (1, 1)]))  # few shapes to compile
     index = np.full((2, slots), -1, np.int32)
     for line in index:
         count = draw(st.integers(0, min(rows, slots)))
