@@ -280,8 +280,8 @@ def rationale(record: Record) -> str:
         return f"{start:.1f} to {end:.1f}."
     color = record.options[LETTERS.index(record.answer)]
     if record.task == "mcqa":
-        return f"The {asked['mcqa']} color is {color}."
-    return f"The {asked['gqa']} is {color}."
+        return f"The {asked['mcqa']} color is {color}: {record.answer}."
+    return f"The {asked['gqa']} is {color}: {record.answer}."
 
 
 def write_dataset(

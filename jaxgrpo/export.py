@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import ml_dtypes
 import numpy as np
 from safetensors import safe_open
@@ -24,8 +23,7 @@ from safetensors.numpy import save_file
 from jaxgrpo.load import restore_params
 from jaxgrpo.run_dir import is_run
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.model import abstract_model
-from models.qwen2_5_vl.weights import Tensor, read_index, released_tensors, save
+from models.qwen2_5_vl.weights import Tensor, model_tensors, read_index, save
 
 ExportDtype = Literal["source", "bfloat16", "float32"]
 
@@ -53,8 +51,7 @@ def main(source: str | Path, out: str | Path, dtype: ExportDtype = "source") -> 
       dtype: of every weight; "source" writes each in the type that the model directory has it in.
 
     Raises:
-      ExportError: `source` is neither, its weights are not those of its config.json, or `out` is
-        taken.
+      ExportError: `source` is neither, or `out` is taken.
       FileNotFoundError, ModelConfigError, WeightError: the model directory cannot be read.
     """
     source, out = Path(source), Path(out)
@@ -120,12 +117,12 @@ def export_model(source: str | Path, out: str | Path, dtype: ExportDtype = "sour
     Args, returns: see `main` and `export_params`.
 
     Raises:
-      ExportError: a tensor is missing, unknown or mis-shaped (all are named), or `out` is taken.
-      WeightError: two tensors have the same name, or one has a type that is not a float's.
+      ExportError: `out` is taken.
+      WeightError: the tensors are not those of config.json; all are named.
     """
     source = Path(source)
     config = ModelConfig.load(source)
-    tensors = _checked(source, config)
+    tensors = model_tensors(source, config)
     cast_to = None if dtype == "source" else _DTYPES[dtype]
     sources = sorted({tensor.file for tensor in tensors.values()})
     weight_map: dict[str, str] = {}
@@ -147,41 +144,6 @@ def export_model(source: str | Path, out: str | Path, dtype: ExportDtype = "sour
 
 
 # ---- weights ----
-
-
-def _checked(source: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a model directory, which must be those that config.json describes.
-
-    An output head in the file of a tied model is dropped, as in the releases, if it equals the
-    embedding.
-    """
-    tensors = read_index(source)
-    _, shapes = abstract_model(config)
-    empty = jax.tree.map(lambda shape: np.broadcast_to(np.zeros((), bool), shape.shape), shapes)
-    expected = {name: array.shape for name, array in released_tensors(empty, config)}
-    if config.text.tied and "lm_head.weight" in tensors:
-        head, embedding = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
-        if embedding is None or not np.array_equal(_read(head), _read(embedding)):
-            raise ExportError(
-                f"{source}: lm_head.weight differs from model.embed_tokens.weight although "
-                "config.json says tie_word_embeddings"
-            )
-        del tensors["lm_head.weight"]
-    problems = [f"missing: {name}" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"unknown: {name}" for name in sorted(tensors.keys() - expected.keys())]
-    problems += [
-        f"mis-shaped: {name} is {tensors[name].shape}, expected {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ExportError(
-            f"the weights in {source} are not those its config.json describes:\n  "
-            + "\n  ".join(problems[:20])
-            + more
-        )
-    return tensors
 
 
 def _read(tensor: Tensor, cast_to: np.dtype | None = None) -> np.ndarray:

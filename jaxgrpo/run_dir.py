@@ -22,7 +22,7 @@ from data.records import Record, write_atomically
 from jaxgrpo import config as configs
 from jaxgrpo.checkpoint import CHECKPOINTS, Checkpoints, Command, abstract, read_identity
 from jaxgrpo.config import Config
-from jaxgrpo.metrics import METRICS, MetricsLog, plot_curves
+from jaxgrpo.metrics import METRICS, MetricsLog, plot_curves, read_metrics
 from jaxgrpo.sharding import gather_objects
 from jaxgrpo.update import TrainState
 
@@ -43,11 +43,19 @@ class RunDir:
         """Opens `config.run_dir`.
 
         Raises:
-          ConfigError: it holds another run; see `checkpoint.Checkpoints`.
+          ConfigError: it holds another run (see `checkpoint.Checkpoints`), or one that has gone
+            further than this config asks.
         """
         self.path = Path(config.run_dir)
         self._checkpoints = Checkpoints(config, command)
         self.first_step = self._checkpoints.latest or 0
+        steps = config.train.steps if command == "train" else config.sft.steps
+        if self.first_step > steps:
+            self._checkpoints.close()
+            raise configs.ConfigError(
+                f"{config.run_dir} is already at step {self.first_step}, past {command}.steps="
+                f"{steps}: raise {command}.steps, or choose another run_dir"
+            )
         saved = self._checkpoints.data()
         self.excluded: dict[str, str] = saved.get("excluded", {})
         self.failures: dict[str, str] = saved.get("failures", {})
@@ -78,6 +86,15 @@ class RunDir:
     ) -> None:
         """Lines of completions.jsonl."""
         self._log.write_completions(step, split, completions)
+
+    def scores(self, step: int) -> dict[str, float]:
+        """The evaluation written down for a step, on process 0; empty elsewhere or without one."""
+        path = self.path / METRICS
+        if jax.process_index() or not path.exists():
+            return {}
+        lines = read_metrics(path)
+        found = [line for line in lines if (line["step"], line["split"]) == (step, "eval")]
+        return {name: x for line in found for name, x in line.items() if isinstance(x, float)}
 
     def note_failures(self, failures: Sequence[Failure], records: Sequence[Record]) -> list[str]:
         """Remembers the videos that failed in this step, on any host; returns a line for each new."""

@@ -13,7 +13,7 @@ import jax
 from data.pipeline import batches
 from data.sampling import StepPlan
 from jaxgrpo import evaluate
-from jaxgrpo.config import Config
+from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.inputs import (
     PromptCollator,
     PromptLoader,
@@ -45,6 +45,11 @@ def main(config: Config) -> None:
     start_processes()
     mesh = make_mesh(config.mesh)
     prompts, length = config.sft.batch, config.rollout.max_new_tokens
+    if prompts % config.optim.accumulate:
+        raise ConfigError(
+            f"optim.accumulate is {config.optim.accumulate}, expected a divisor of sft.batch "
+            f"({prompts})"
+        )
 
     with CompileCounter() as compilations, RunDir(config, "sft") as run:
         # ---- data ----

@@ -284,15 +284,19 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
 def train_weights(directory: Path, scratch: Path) -> None:
     """Trains the weights from nothing, in two stages, and puts them into the model directory.
 
-    Single events first: the vision tower learns to see before the decoder learns to count.
+    Short clips with one event first: there a few hundred steps teach to see and to tell the time,
+    of which clips with several events teach nothing for thousands.
     """
     common = [f"model.path={directory}"]
     single = [
         f"run_dir={scratch / 'single'}",
         f"data.root={scratch / 'single-clips'}",
         "data.synthetic.events=[1, 1]",
-        "data.synthetic.train_clips=1000",
-        "sft.steps=600",
+        "data.synthetic.seconds=[4.0, 8.0]",
+        "data.synthetic.train_clips=1500",
+        "sft.steps=1000",
+        "sft.batch=16",
+        "optim.decay=constant",
     ]
     sft.main(config.load(COLD_START, common + single))
     several = [

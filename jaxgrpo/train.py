@@ -56,7 +56,6 @@ def main(config: Config) -> None:
     start_processes()
     mesh = make_mesh(config.mesh)
     prompts = config.rollout.prompts
-    rows = process_rows(mesh, prompts)  # of each batch, those that this process feeds
 
     with CompileCounter() as compilations, RunDir(config, "train") as run:
         # ---- data: manifests, probes, buckets ----
@@ -69,6 +68,7 @@ def main(config: Config) -> None:
                 "eval.batch": config.eval.batch,
             },
         )
+        rows = process_rows(mesh, prompts)  # of each batch, those that this process feeds
         inputs = prepare(config, processor, train=True, evaluation=True, excluded=run.excluded)
         run.excluded = inputs.excluded
         assert inputs.train is not None
@@ -111,9 +111,10 @@ def main(config: Config) -> None:
         say(f"compiled in {time.perf_counter() - started:.0f} s")
 
         # ---- evaluation before the first step ----
-        scores_before: dict[str, float] = {}
         if run.first_step == 0:
             scores_before = run_evaluation(0, config, mesh, eval_programs, sampler, inputs, run)
+        else:
+            scores_before = run.scores(step=0)
 
         # ---- data: the step plan, loaded ahead ----
         loader = batches(
@@ -295,9 +296,9 @@ def stop_if_not_finite(in_a_row: int, step: int, records: Sequence[Record], conf
         names = ", ".join(record.id for record in records)
         raise NonFiniteError(
             f"{in_a_row} steps in a row had a loss or gradient that is not finite; the last was "
-            f"step {step} with {names}. The weights are those before the first of them: resume "
-            "from the last checkpoint with a lower optim.learning_rate, or with "
-            "model.compute_dtype=float32"
+            f"step {step} with {names}. The weights are those before the first of them. Start "
+            "another run (a new run_dir, and model.path may be this one) with a lower "
+            "optim.learning_rate or with model.compute_dtype=float32"
         )
 
 

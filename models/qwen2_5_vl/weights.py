@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.qwen2_5_vl.config import ModelConfig
@@ -38,6 +38,17 @@ class Row(NamedTuple):
     ours: str  # dotted path in the parameter tree
     theirs: str  # released name
     pattern: str  # einops: released axes -> our axes
+
+    @property
+    def backward(self) -> str:
+        """The pattern from our axes to the released ones."""
+        left, right = self.pattern.split(" -> ")
+        return f"{right} -> {left}"
+
+    @property
+    def stacked(self) -> bool:
+        """Whether ours stacks the released tensors of all layers."""
+        return "{n}" in self.theirs
 
 
 # Letters as in text.py and vision.py; (N H) is a released axis that ours keeps apart.
@@ -141,8 +152,13 @@ def read_index(directory: str | Path) -> dict[str, Tensor]:
     directory = Path(directory)
     index_file = directory / "model.safetensors.index.json"
     if index_file.is_file():
-        named = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        files = [directory / name for name in sorted(set(named.values()))]
+        try:
+            named = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+            files = [directory / name for name in sorted(set(named.values()))]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WeightError(
+                f"{index_file} is not an index of safetensors ({error!r}): download it again"
+            ) from error
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -154,23 +170,35 @@ def read_index(directory: str | Path) -> dict[str, Tensor]:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is named in {index_file.name} but does not exist")
-        with safe_open(file, framework="numpy") as handle:
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                view, released = handle.get_slice(name), released_name(name)
-                if released in tensors:
-                    other = tensors[released]
-                    raise WeightError(
-                        f"tensor {released} is there twice: as {other.name} in {other.file.name} "
-                        f"and as {name} in {file.name}; delete the shard that is left over"
-                    )
-                if view.get_dtype() not in _NUMPY_DTYPES:
-                    raise WeightError(
-                        f"{file}: tensor {name} has type {view.get_dtype()}, expected one of "
-                        f"{', '.join(_NUMPY_DTYPES)} (quantised checkpoints cannot be trained)"
-                    )
-                dtype = _NUMPY_DTYPES[view.get_dtype()]
-                tensors[released] = Tensor(file, name, tuple(view.get_shape()), dtype)
+        for tensor in _headers(file):
+            released = released_name(tensor.name)
+            if released in tensors:
+                other = tensors[released]
+                raise WeightError(
+                    f"tensor {released} is there twice: as {other.name} in {other.file.name} "
+                    f"and as {tensor.name} in {file.name}; delete the shard that is left over"
+                )
+            tensors[released] = tensor
     return tensors
+
+
+def _headers(file: Path) -> list[Tensor]:
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            views = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            kinds = {name: view.get_dtype() for name, view in views.items()}
+            shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
+    except SafetensorError as error:
+        raise WeightError(
+            f"{file} is not a whole safetensors file ({error}): download it again"
+        ) from error
+    for name, kind in kinds.items():
+        if kind not in _NUMPY_DTYPES:
+            raise WeightError(
+                f"{file}: tensor {name} has type {kind}, expected one of "
+                f"{', '.join(_NUMPY_DTYPES)} (quantised checkpoints cannot be trained)"
+            )
+    return [Tensor(file, name, shapes[name], _NUMPY_DTYPES[kinds[name]]) for name in kinds]
 
 
 def load(
@@ -192,65 +220,44 @@ def load(
       FileNotFoundError: a file is missing.
       WeightError: a tensor is unknown, missing, there twice, or of another shape; all are named.
     """
-    tensors = read_index(directory)
+    tensors = model_tensors(directory, config)
     _, shapes = abstract_model(config)
     params: dict[Path_, jax.Array] = {}
-    rows = list(_placed_rows(config, flatten_dict(shapes)))
-    _check_tensors(str(directory), tensors, rows, config)
     with _Handles() as handles:
-        for row, path, shape, names, sizes in rows:
-            forward = [rearrange(handles.read(tensors[n]), row.pattern, **sizes) for n in names]
-            array = np.stack(forward) if "{n}" in row.theirs else forward[0]
-            params[path] = place(array.astype(dtype), path)
+        for weight in _placed(config, flatten_dict(shapes)):
+            arrays = [
+                rearrange(handles.read(tensors[name]), weight.row.pattern, **weight.sizes)
+                for name in weight.names
+            ]
+            array = np.stack(arrays) if weight.row.stacked else arrays[0]
+            params[weight.path] = place(array.astype(dtype), weight.path)
     return unflatten_dict(params)
 
 
-def _placed_rows(
-    config: ModelConfig, shapes: Mapping[Path_, Any]
-) -> Iterator[tuple[Row, Path_, tuple[int, ...], list[str], dict[str, int]]]:
-    """(row, path, our shape, released names in layer order, axis sizes) of the model's weights."""
-    all_sizes = axis_sizes(config)
-    paths = {tuple(row.ours.split(".")): row for row in TABLE}
-    for path, shape in shapes.items():
-        row = paths[path]
-        layers = shape.shape[0] if "{n}" in row.theirs else 1
-        names = [row.theirs.format(n=n) for n in range(layers)]
-        sizes = {k: v for k, v in all_sizes[path[0]].items() if re.search(rf"\b{k}\b", row.pattern)}
-        yield row, path, shape.shape, names, sizes
+def model_tensors(directory: str | Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a model directory, which must be exactly those that its config describes.
 
+    A tied model's file may repeat the embedding as lm_head.weight; it is left out.
 
-def _released_shape(row: Row, ours: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape a released tensor must have, from our (unstacked) shape."""
-    if "{n}" in row.theirs:
-        ours = ours[1:]
-    empty = np.broadcast_to(np.zeros((), np.uint8), ours)
-    return rearrange(empty, _reverse(row.pattern), **sizes).shape
-
-
-def _reverse(pattern: str) -> str:
-    left, right = pattern.split(" -> ")
-    return f"{right} -> {left}"
-
-
-def _check_tensors(
-    source: str, tensors: Mapping[str, Tensor], rows: list[Any], config: ModelConfig
-) -> None:
+    Raises:
+      FileNotFoundError, WeightError: see `load`.
+    """
+    tensors = read_index(directory)
+    problems: list[str] = []
+    head = tensors.pop("lm_head.weight", None) if config.text.tied else None
+    if head is not None and not _same(head, tensors.get("model.embed_tokens.weight")):
+        problems.append(
+            "unknown: lm_head.weight, which differs from the embedding although config.json says "
+            "tie_word_embeddings"
+        )
+    _, shapes = abstract_model(config)
     expected = {
-        name: _released_shape(row, shape, sizes)
-        for row, _, shape, names, sizes in rows
-        for name in names
+        name: weight.released_shape
+        for weight in _placed(config, flatten_dict(shapes))
+        for name in weight.names
     }
-    problems = [f"missing: {name}" for name in sorted(expected.keys() - tensors.keys())]
-    for name in sorted(tensors.keys() - expected.keys()):
-        if name == "lm_head.weight" and config.text.tied:
-            if _same(tensors[name], tensors.get("model.embed_tokens.weight")):
-                continue
-            problems.append(
-                "unknown: lm_head.weight, which differs from the embedding although config.json "
-                "says tie_word_embeddings"
-            )
-        else:
-            problems.append(f"unknown: {name}")
+    problems += [f"missing: {name}" for name in sorted(expected.keys() - tensors.keys())]
+    problems += [f"unknown: {name}" for name in sorted(tensors.keys() - expected.keys())]
     problems += [
         f"mis-shaped: {name} is {tensors[name].shape}, expected {shape}"
         for name, shape in expected.items()
@@ -259,10 +266,39 @@ def _check_tensors(
     if problems:
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise WeightError(
-            f"the weights in {source} are not those its config.json describes:\n  "
+            f"the weights in {directory} are not those its config.json describes:\n  "
             + "\n  ".join(problems[:20])
             + more
         )
+    return tensors
+
+
+class _Placed(NamedTuple):
+    """A row of the table, for one model."""
+
+    row: Row
+    path: Path_  # in the parameter tree
+    shape: tuple[int, ...]  # ours, stacked
+    names: list[str]  # released, in layer order
+    sizes: dict[str, int]  # of the axes that the pattern splits
+
+    @property
+    def released_shape(self) -> tuple[int, ...]:
+        ours = self.shape[1:] if self.row.stacked else self.shape
+        empty = np.broadcast_to(np.zeros((), np.uint8), ours)
+        return rearrange(empty, self.row.backward, **self.sizes).shape
+
+
+def _placed(config: ModelConfig, shapes: Mapping[Path_, Any]) -> Iterator[_Placed]:
+    """The table's rows for the weights of a model, in the order of `shapes`."""
+    all_sizes = axis_sizes(config)
+    rows = {tuple(row.ours.split(".")): row for row in TABLE}
+    for path, array in shapes.items():
+        row = rows[path]
+        layers = array.shape[0] if row.stacked else 1
+        names = [row.theirs.format(n=n) for n in range(layers)]
+        sizes = {k: v for k, v in all_sizes[path[0]].items() if re.search(rf"\b{k}\b", row.pattern)}
+        yield _Placed(row, path, array.shape, names, sizes)
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
@@ -294,11 +330,11 @@ def released_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Our parameters as (released name, host array in our dtype), one at a time."""
     flat = flatten_dict(params)
-    for row, path, _, names, sizes in _placed_rows(config, flat):
-        stacked = np.asarray(flat[path])
-        layers = stacked if "{n}" in row.theirs else stacked[None]
-        for name, array in zip(names, layers, strict=True):
-            yield name, rearrange(array, _reverse(row.pattern), **sizes)
+    for weight in _placed(config, flat):
+        array = np.asarray(flat[weight.path])
+        layers = array if weight.row.stacked else array[None]
+        for name, layer in zip(weight.names, layers, strict=True):
+            yield name, rearrange(layer, weight.row.backward, **weight.sizes)
 
 
 def save(
@@ -323,9 +359,9 @@ def save(
     directory = Path(directory)
     shards: list[list[str]] = [[]]
     filled = total = 0
-    for _, _, shape, names, _ in _placed_rows(config, flatten_dict(params)):
-        for name in names:
-            size = math.prod(shape) // len(names) * dtype_of(name).itemsize
+    for weight in _placed(config, flatten_dict(params)):
+        for name in weight.names:
+            size = math.prod(weight.released_shape) * dtype_of(name).itemsize
             if filled and filled + size > shard_bytes:
                 shards.append([])
                 filled = 0

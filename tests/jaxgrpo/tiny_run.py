@@ -23,10 +23,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import yaml
+
+if TYPE_CHECKING:
+    from jaxgrpo.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny"
@@ -137,13 +140,53 @@ def mixed(place: Workplace) -> list[str]:
 MIXED = {"train": "mixed.jsonl", "eval": "mixed_eval.jsonl"}
 
 
+COLD_START = ("optim.learning_rate=5e-3", "optim.decay=constant")
+
+
 def cold_start(place: Workplace) -> Path:
     """The run directory of a short supervised training: a model that knows the formats."""
 
     def make(folder: Path) -> None:
-        run(place, "sft", folder, "optim.learning_rate=5e-3", "optim.decay=constant")
+        run(place, "sft", folder, *COLD_START)
 
     return once(place.folder / "cold_start", make)
+
+
+def reference(place: Workplace) -> Path:
+    """The run directory of a GRPO run that nobody killed."""
+
+    def make(folder: Path) -> None:
+        finished = run(place, "train", folder, *started(place), *mixed(place))
+        (folder / "printed.txt").write_text(finished.out)
+
+    return once(place.folder / "reference", make)
+
+
+def random_model(place: Workplace) -> Path:
+    """A model directory of random weights."""
+
+    def make(folder: Path) -> None:
+        import jax
+
+        from jaxgrpo.config import MeshSection
+        from jaxgrpo.export import export_params
+        from jaxgrpo.sharding import make_mesh, param_shardings
+        from models.qwen2_5_vl.config import ModelConfig
+        from models.qwen2_5_vl.model import random_params
+
+        config = ModelConfig.load(TINY)
+        mesh = make_mesh(MeshSection(), jax.local_devices()[:1])
+        params = random_params(config, 0, param_shardings(config, mesh))
+        export_params(params, config, TINY, folder, "float32")
+
+    return once(place.folder / "random_model", make)
+
+
+def load_config(place: Workplace, *overrides: str) -> Config:
+    """The config as a command reads it."""
+    from jaxgrpo import config
+
+    return config.load(place.config, ["run_dir=unset", *overrides])
 
 
 def started(place: Workplace) -> list[str]:

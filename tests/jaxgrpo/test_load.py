@@ -1,0 +1,169 @@
+"""Opening models: directories, runs, and what is missing or wrong in them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxgrpo import cli
+from jaxgrpo.config import MeshSection
+from jaxgrpo.load import load_params, model_directory, open_processor, restore_params, vocabulary_of
+from jaxgrpo.sharding import make_mesh, param_shardings
+from models.qwen2_5_vl.config import ModelConfig
+from tests.jaxgrpo import tiny_run
+from tests.jaxgrpo.tiny_run import TINY, Workplace
+
+WEIGHTS = "model.safetensors"
+NORM = "model.layers.2.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return tiny_run.workplace(tmp_path_factory.getbasetemp())
+
+
+def shardings(config: ModelConfig, **axes: int) -> Any:
+    devices = jax.local_devices()[: int(np.prod(list(axes.values())))]
+    return param_shardings(config, make_mesh(MeshSection(**axes), devices))
+
+
+def by_name(tree: Any) -> dict[str, np.ndarray]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in flat}
+
+
+# ---- runs ----
+
+
+def test_the_weights_of_a_run_are_those_of_its_newest_checkpoint(place: Workplace) -> None:
+    run_dir = tiny_run.reference(place)
+    config = ModelConfig.load(TINY)
+    sharded = load_params(run_dir, config, shardings(config, data=1, fsdp=2, tensor=2))
+    state = tiny_run.state_of(run_dir)
+    expected = {k.removeprefix("['params']"): v for k, v in state.items() if "['params']" in k}
+    tiny_run.assert_same_bits(by_name(sharded), expected)
+    assert len(sharded["text"]["embed"].sharding.device_set) == 4
+
+
+def test_a_run_begins_where_the_run_before_it_began(place: Workplace) -> None:
+    """Two runs, one after the other, over one model directory, which holds the tokenizer."""
+    assert model_directory(tiny_run.reference(place)) == TINY
+    params, directory = restore_params(tiny_run.reference(place))
+    assert directory == TINY and params.keys() == {"text", "vision"}
+
+
+def test_an_exported_run_loads_back_bit_for_bit(place: Workplace, tmp_path: Path) -> None:
+    run_dir, out = tiny_run.reference(place), tmp_path / "out"
+    assert cli.main(["export", str(run_dir), str(out), "dtype=float32"]) == 0
+    config = ModelConfig.load(out)
+    again = load_params(out, config, shardings(config, data=1))
+    tiny_run.assert_same_bits(by_name(again), by_name(restore_params(run_dir)[0]))
+    for name in ("tokenizer.json", "config.json", "chat_template.json"):
+        assert (out / name).read_bytes() == (TINY / name).read_bytes()
+
+
+def test_a_run_that_has_no_checkpoint_yet(
+    place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "early" / "checkpoints").mkdir(parents=True)
+    message = mistake(place, tmp_path / "early", tmp_path, capsys)
+    assert f"{tmp_path / 'early'} holds no checkpoint yet" in message
+
+
+def test_what_may_be_emitted_is_text_and_the_end_of_turn(place: Workplace) -> None:
+    processor = open_processor(tiny_run.load_config(place))
+    vocabulary = vocabulary_of(processor)
+    tokenizer = processor.tokenizer
+    for token in ("<|video_pad|>", "<|vision_start|>", "<|im_start|>", "<|endoftext|>"):
+        assert not vocabulary.usable[tokenizer.convert_tokens_to_ids(token)]
+    assert vocabulary.usable[tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert vocabulary.usable[processor.encode_completion("<answer>B</answer>")].all()
+    assert not vocabulary.usable[len(tokenizer) :].any()
+    assert vocabulary.stop == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+
+
+# ---- mistakes ----
+
+
+def mistake(
+    place: Workplace, model: str | Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The message of `jaxgrpo eval` with that model, which must fail as a user's mistake."""
+    overrides = [f"model.path={model}", "model.init=checkpoint", "eval.batch=8"]
+    run_dir = f"run_dir={tmp_path / 'run'}"
+    assert cli.main(["eval", str(place.config), run_dir, *overrides]) == 2
+    return capsys.readouterr().err
+
+
+def copy_of(place: Workplace, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_run.random_model(place), tmp_path / "model"))
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./models/tinny", "tinny", "a/b/c"])
+def test_a_model_that_does_not_exist(
+    place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str], path: str
+) -> None:
+    message = mistake(place, path, tmp_path, capsys)
+    assert f"model.path: there is no directory {path}" in message and "hub id" in message
+
+
+def test_a_mistyped_path_that_looks_like_a_hub_id(
+    place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tests are offline, as many machines are."""
+    message = mistake(place, "models/tinny", tmp_path, capsys)
+    assert "models/tinny" in message and "give model.path as a local directory" in message
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", WEIGHTS])
+def test_a_missing_model_file(
+    place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    model = copy_of(place, tmp_path)
+    (model / file).unlink()
+    message = mistake(place, model, tmp_path, capsys)
+    assert str(model) in message
+    assert file in message or "has no *.safetensors" in message
+
+
+def drop(weights: dict[str, np.ndarray]) -> None:
+    del weights[NORM]
+
+
+def add(weights: dict[str, np.ndarray]) -> None:
+    weights["model.layers.9.input_layernorm.weight"] = weights[NORM]
+
+
+def cut(weights: dict[str, np.ndarray]) -> None:
+    weights[NORM] = weights[NORM][:-1]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (drop, f"missing: {NORM}"),
+        (add, "unknown: model.layers.9.input_layernorm.weight"),
+        (cut, f"mis-shaped: {NORM} is (127,), expected (128,)"),
+    ],
+)
+def test_a_wrong_weight_is_named(
+    place: Workplace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, np.ndarray]], None],
+    says: str,
+) -> None:
+    model = copy_of(place, tmp_path)
+    weights = load_file(model / WEIGHTS)
+    change(weights)
+    save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
+    message = mistake(place, model, tmp_path, capsys)
+    assert says in message and str(model) in message
+    assert message.startswith("error: ")

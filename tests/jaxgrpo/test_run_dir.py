@@ -1,0 +1,112 @@
+"""The run directory: what it remembers, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.pipeline import Failure
+from data.records import read_manifest
+from jaxgrpo import config as configs
+from jaxgrpo.checkpoint import Command
+from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.run_dir import RunDir, is_run, read_config
+from jaxgrpo.update import TrainState
+from tests.jaxgrpo import tiny_run
+from tests.jaxgrpo.tiny_run import Workplace
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return tiny_run.workplace(tmp_path_factory.getbasetemp())
+
+
+def config_of(place: Workplace, run_dir: Path, *overrides: str) -> Config:
+    return tiny_run.load_config(place, f"run_dir={run_dir}", *overrides)
+
+
+def state(value: float) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, {"w": jnp.full(3, value)}, (zero,), zero)
+
+
+def test_a_new_run_starts_from_the_state_it_is_given(place: Workplace, tmp_path: Path) -> None:
+    with RunDir(config_of(place, tmp_path / "run"), "train") as run:
+        given = state(1.0)
+        assert run.first_step == 0 and run.restore(given) is given
+        assert (run.excluded, run.failures) == ({}, {})
+
+
+def test_a_run_remembers_its_state_and_its_bad_videos(place: Workplace, tmp_path: Path) -> None:
+    config = config_of(place, tmp_path / "run")
+    records = read_manifest(place.clips / "mixed.jsonl", place.clips)
+    with RunDir(config, "train") as run:
+        run.excluded = {"notes": "notes: not a video"}
+        failures = [Failure(5, "truncated", "cut.mp4: ends early")]
+        assert run.note_failures(failures, records) == [
+            "replaced cut: truncated: cut.mp4: ends early"
+        ]
+        assert run.note_failures(failures, records) == []  # the second time is no news
+        run.save(2, state(2.0))
+    with RunDir(config, "train") as run:
+        assert run.first_step == 2
+        assert run.excluded == {"notes": "notes: not a video"}
+        assert run.failures == {"cut": "truncated: cut.mp4: ends early"}
+        assert run.note_failures(failures, records) == []
+        np.testing.assert_array_equal(run.restore(state(0.0)).params["w"], [2.0, 2.0, 2.0])
+
+
+def test_lines_after_the_checkpoint_are_cut(place: Workplace, tmp_path: Path) -> None:
+    config = config_of(place, tmp_path / "run")
+    with RunDir(config, "train") as run:
+        run.write(0, "eval", {"format": 0.25, "items": 4})
+        for step in (1, 2):
+            run.write(step, "train", {"loss": 1.0 / step})
+        run.save(2, state(2.0))
+        run.write(3, "train", {"loss": 9.0})
+        run.write_completions(3, "train", [{"id": "a"}])
+    with RunDir(config, "train") as run:
+        assert [line["step"] for line in tiny_run.lines(run.path)] == [0, 1, 2]
+        assert (run.path / "completions.jsonl").read_text() == ""
+        assert run.scores(step=0) == {"format": 0.25}
+        assert run.scores(step=2) == {}
+
+
+def test_the_whole_config_stands_in_the_folder(place: Workplace, tmp_path: Path) -> None:
+    config = config_of(place, tmp_path / "run", "seed=11")
+    with RunDir(config, "train") as run:
+        assert configs.load(run.path / "config.yaml") == config
+        run.save(1, state(1.0))
+    assert is_run(tmp_path / "run") and read_config(tmp_path / "run") == config
+
+
+def test_a_run_without_a_checkpoint_has_no_config_to_read(place: Workplace, tmp_path: Path) -> None:
+    with RunDir(config_of(place, tmp_path / "run"), "train"):
+        pass
+    with pytest.raises(ConfigError, match="holds no checkpoint yet"):
+        read_config(tmp_path / "run")
+    assert not is_run(tmp_path)
+
+
+@pytest.mark.parametrize("command, key", [("train", "train.steps"), ("sft", "sft.steps")])
+def test_an_end_before_the_checkpoint_is_refused(
+    place: Workplace, tmp_path: Path, command: Command, key: str
+) -> None:
+    with RunDir(config_of(place, tmp_path / "run"), command) as run:
+        run.save(5, state(1.0))
+    with pytest.raises(ConfigError, match=f"already at step 5, past {key}=4: raise {key}"):
+        RunDir(config_of(place, tmp_path / "run", f"{key}=4"), command)
+    with RunDir(config_of(place, tmp_path / "run", f"{key}=5"), command) as run:
+        assert run.first_step == 5
+
+
+def test_another_command_and_another_config_are_refused(place: Workplace, tmp_path: Path) -> None:
+    with RunDir(config_of(place, tmp_path / "run"), "train") as run:
+        run.save(1, state(1.0))
+    with pytest.raises(ConfigError, match="holds a run of `jaxgrpo train`"):
+        RunDir(config_of(place, tmp_path / "run"), "sft")
+    with pytest.raises(ConfigError, match=r"grpo.clip_low: saved 0.2, now 0.1"):
+        RunDir(config_of(place, tmp_path / "run", "grpo.clip_low=0.1"), "train")
