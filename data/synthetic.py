@@ -261,10 +261,11 @@ def _options(rng: random.Random, drawn: Scene, color: str) -> tuple[tuple[str, .
 
 
 def rationale(record: Record) -> str:
-    """One short sentence of reasoning for the supervised cold start, computed from the record.
+    """A little reasoning for the supervised cold start, computed from the record.
 
-    The answer's word follows a blank in lower case, as in the options, so that it is the same
-    token in both places.
+    The options are listed with their letters behind, so that what follows the answer's colour has
+    been said before: copying that is what small models learn soonest. Colours follow a blank in
+    lower case everywhere, so that they are the same tokens.
 
     Raises:
       SyntheticError: the record is not one of `questions`.
@@ -279,9 +280,10 @@ def rationale(record: Record) -> str:
         start, end = record.spans[0]
         return f"{start:.1f} to {end:.1f}."
     color = record.options[LETTERS.index(record.answer)]
+    options = ", ".join(f"{option} {letter}" for option, letter in zip(record.options, LETTERS))
     if record.task == "mcqa":
-        return f"The {asked['mcqa']} color is {color}: {record.answer}."
-    return f"The {asked['gqa']} is {color}: {record.answer}."
+        return f"Options: {options}. The {asked['mcqa']} color is {color} {record.answer}."
+    return f"Options: {options}. The {asked['gqa']} is {color} {record.answer}."
 
 
 def write_dataset(

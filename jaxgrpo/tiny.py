@@ -294,7 +294,7 @@ def train_weights(directory: Path, scratch: Path) -> None:
         "data.synthetic.events=[1, 1]",
         "data.synthetic.seconds=[4.0, 8.0]",
         "data.synthetic.train_clips=1500",
-        "sft.steps=1000",
+        "sft.steps=800",
         "sft.batch=16",
         "optim.decay=constant",
     ]

@@ -3,9 +3,10 @@
 import os
 
 DEVICES = "--xla_force_host_platform_device_count=8"
+QUICK_COMPILES = "--xla_backend_optimization_level=0"  # tests compile much and run it once
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES} {QUICK_COMPILES}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # pytest-xdist runs a process per core: one thread each for torch and BLAS is enough.

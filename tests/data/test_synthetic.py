@@ -240,14 +240,15 @@ def test_the_ids_and_scenes_of_the_splits_are_disjoint() -> None:
 # Rationales
 
 
-def test_a_rationale_is_one_short_sentence_that_holds_the_answer() -> None:
+def test_a_rationale_lists_the_options_and_ends_with_the_answer() -> None:
     mcqa, tvg, gqa = questions(
         Scene((0,), 9.0, (Event(0.5, 7.0, "red", "circle"),)), "train-00001", "x.mp4"
     )
     place = mcqa.question.split()[-1].removesuffix("?")
-    assert rationale(mcqa) == f"The {place} color is red."
+    options = ", ".join(f"{option} {letter}" for option, letter in zip(mcqa.options, "ABCD"))
+    assert rationale(mcqa) == f"Options: {options}. The {place} color is red {mcqa.answer}."
     assert rationale(tvg) == "0.5 to 7.0."
-    assert rationale(gqa) == "The circle is red."
+    assert rationale(gqa).endswith(f". The circle is red {gqa.answer}.")
 
 
 def test_the_times_of_a_rationale_are_written_as_in_the_answer(

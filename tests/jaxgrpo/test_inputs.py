@@ -41,8 +41,17 @@ def processor(place: Workplace) -> Processor:
 
 
 @pytest.fixture(scope="module")
-def config(place: Workplace) -> Config:
-    return tiny_run.load_config(place, *tiny_run.mixed(place), "data.buckets=[66, 75, 100]")
+def widths(place: Workplace, processor: Processor) -> list[int]:
+    """Three buckets: the shortest prompts, most, and the longest with room to spare."""
+    config = tiny_run.load_config(place, *tiny_run.mixed(place), "data.buckets=[1000]")
+    sizes = prepare(config, processor, train=True, evaluation=False).train.sizes
+    lengths = sorted({size.tokens for size in sizes})
+    return [lengths[1], lengths[-2], lengths[-1] + 5]
+
+
+@pytest.fixture(scope="module")
+def config(place: Workplace, widths: list[int]) -> Config:
+    return tiny_run.load_config(place, *tiny_run.mixed(place), f"data.buckets={widths}")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +62,10 @@ def inputs(config: Config, processor: Processor) -> Inputs:
 # ---- buckets ----
 
 
-def test_every_item_is_in_the_smallest_bucket_that_holds_it(inputs: Inputs) -> None:
-    widths = [66, 75, 100]
+def test_every_item_is_in_the_smallest_bucket_that_holds_it(
+    inputs: Inputs, widths: list[int]
+) -> None:
+    assert all(inputs.train.buckets)
     assert [bucket.tokens for bucket in inputs.buckets] == widths
     for dataset in (inputs.train, inputs.evaluation, inputs.swapped):
         assert sorted(sum(dataset.buckets, ())) == list(range(len(dataset.records)))
@@ -172,13 +183,13 @@ def test_synthetic_clips_are_made_where_they_are_asked_for(
 @pytest.fixture(scope="module")
 def targets(config: Config, inputs: Inputs) -> TargetLoader:
     prompts = PromptLoader(inputs.processor, inputs.train.records, config.data)
-    return TargetLoader(prompts, max_tokens=28)
+    return TargetLoader(prompts, max_tokens=32)
 
 
 def test_loaders_and_collators_pass_between_processes(
     config: Config, inputs: Inputs, targets: TargetLoader
 ) -> None:
-    collate = TargetCollator(PromptCollator(inputs.buckets, inputs.processor.pad_id), 28)
+    collate = TargetCollator(PromptCollator(inputs.buckets, inputs.processor.pad_id), 32)
     again, collate_again = pickle.loads(pickle.dumps((targets, collate)))
     item = inputs.train.buckets[2][0]
     found = collate_again([again(item), again(item)], 2)
@@ -192,8 +203,9 @@ def test_a_batch_of_targets_is_padded_to_its_bucket_and_to_c(
 ) -> None:
     pad = inputs.processor.pad_id
     items = inputs.train.buckets[0][:2]
-    batch = TargetCollator(PromptCollator(inputs.buckets, pad), 28)([targets(i) for i in items], 0)
-    assert batch.prompt.tokens.shape == (2, 66) and batch.completion.shape == (2, 1, 28)
+    batch = TargetCollator(PromptCollator(inputs.buckets, pad), 32)([targets(i) for i in items], 0)
+    assert batch.prompt.tokens.shape == (2, inputs.buckets[0].tokens)
+    assert batch.completion.shape == (2, 1, 32)
     for row, item in enumerate(items):
         length = int(batch.length[row, 0])
         ids, rest = np.split(batch.completion[row, 0], [length])
@@ -205,8 +217,11 @@ def test_a_batch_of_targets_is_padded_to_its_bucket_and_to_c(
 def test_a_target_that_does_not_fit_is_named(inputs: Inputs, targets: TargetLoader) -> None:
     item = next(i for i, r in enumerate(inputs.train.records) if r.task == "gqa")
     name = inputs.train.records[item].id
-    with pytest.raises(InputError, match=rf"'{name}'.*28 tokens.*rollout.max_new_tokens \(27\)"):
-        dataclasses.replace(targets, max_tokens=27)(item)
+    length = len(targets(item).completion)
+    says = rf"'{name}'.*{length} tokens.*rollout.max_new_tokens \({length - 1}\)"
+    with pytest.raises(InputError, match=says):
+        dataclasses.replace(targets, max_tokens=length - 1)(item)
+    assert len(dataclasses.replace(targets, max_tokens=length)(item).completion) == length
 
 
 # ---- mistakes, through the command line ----
@@ -221,12 +236,14 @@ def mistake(
 
 
 def test_a_prompt_longer_than_the_largest_bucket(
-    place: Workplace, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    place: Workplace, widths: list[int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    message = mistake(place, capsys, tmp_path, "data.buckets=[70, 96]")
-    assert "prompts of data.train are longer than the largest bucket (96 tokens)" in message
-    assert "train-00003-gqa (97 tokens)" in message
-    assert "add a bucket of 97 to data.buckets, or lower data.total_pixels" in message
+    longest = widths[-1] - 5
+    message = mistake(place, capsys, tmp_path, f"data.buckets=[70, {longest - 1}]")
+    largest = f"longer than the largest bucket ({longest - 1} tokens)"
+    assert f"prompts of data.train are {largest}" in message
+    assert f"-gqa ({longest} tokens)" in message
+    assert f"add a bucket of {longest} to data.buckets, or lower data.total_pixels" in message
 
 
 def test_a_row_without_its_fields(

@@ -221,7 +221,7 @@ def test_two_buckets_and_a_frozen_vision_tower(place: Workplace) -> None:
     run_dir, counts = place.folder / "frozen", place.folder / "frozen.json"
     overrides = [
         *tiny_run.started(place),
-        *("data.buckets=[75, 100]", "model.freeze_vision=true", "grpo.kl=0", "train.steps=5"),
+        *("data.buckets=[80, 104]", "model.freeze_vision=true", "grpo.kl=0", "train.steps=5"),
     ]
     tiny_run.run(place, "train", run_dir, *overrides, kill="update:4")
     tiny_run.run(place, "train", run_dir, *overrides, counts=counts)

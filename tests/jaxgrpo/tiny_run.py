@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,10 +54,10 @@ CONFIG: dict[str, Any] = {
         "min_pixels": 784,
         "max_pixels": 784,
         "thinking": False,
-        "buckets": [100],
+        "buckets": [104],
         "threads": 2,
     },
-    "rollout": {"prompts": 4, "group": 2, "max_new_tokens": 28},
+    "rollout": {"prompts": 4, "group": 2, "max_new_tokens": 30},
     "grpo": {"kl": 0.01, "entropy": 0.001},
     "optim": {"learning_rate": 5e-4, "warmup_steps": 2, "decay": "linear", "weight_decay": 0.01},
     "train": {"steps": STEPS},
@@ -281,14 +282,17 @@ def run(
 def run_processes(
     place: Workplace, count: int, run_dir: Path, *overrides: str, kill: str = ""
 ) -> list[Finished]:
-    """Runs `jaxgrpo train` in `count` processes of one device each that work as one job."""
+    """Runs `jaxgrpo train` in `count` processes of one device each that work as one job.
+
+    Each looks at the run directory a second later than the one before: they need not keep step.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
         start(
             place,
-            f"--kill={kill}",
+            *(f"--kill={kill}", f"--late={index}"),
             *("train", str(place.config), f"run_dir={run_dir}", *overrides),
             module="tests.jaxgrpo.tiny_run",
             env={
@@ -382,6 +386,19 @@ def arm(point: str) -> None:
     evaluate.summarise = killing_summarise
 
 
+def be_late(seconds: float) -> None:
+    """Makes this process look at its run directory so much later."""
+    from jaxgrpo import checkpoint
+
+    read_identity = checkpoint.read_identity
+
+    def late_read_identity(run_dir: str | Path) -> dict[str, Any] | None:
+        time.sleep(seconds)
+        return read_identity(run_dir)
+
+    checkpoint.read_identity = late_read_identity
+
+
 def die() -> None:
     """As `kill -9` does: no exit handler runs, no buffer is written."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -392,6 +409,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kill", default="")
     parser.add_argument("--counts", default="")
+    parser.add_argument("--late", type=float, default=0.0)
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     from jaxgrpo import cli
@@ -399,6 +417,8 @@ def main() -> int:
 
     if options.kill:
         arm(options.kill)
+    if options.late:
+        be_late(options.late)
     with CompileCounter() as counter:
         code = cli.main(options.rest)
     if options.counts:
