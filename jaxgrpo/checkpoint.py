@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import args
 from orbax.checkpoint.checkpoint_managers import LatestN
 
@@ -51,6 +52,8 @@ class Checkpoints:
         )
         # The identity is checked before anything is written or removed.
         saved = read_identity(config.run_dir)
+        if jax.process_count() > 1:  # nobody makes the folder before all have looked for it
+            multihost_utils.sync_global_devices("run identity")
         if saved is not None:
             _check_identity(saved, config, command)
         self._manager = _open(config.run_dir, options)

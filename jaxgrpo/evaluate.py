@@ -9,6 +9,7 @@ constant span, the most frequent letter, and the same questions about other item
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from jaxgrpo.rollout import Rollout, Sampling
 from jaxgrpo.sharding import (
     SAMPLER_RULES,
     check_divides,
+    gather_objects,
     gather_to_host,
     make_mesh,
     param_shardings,
@@ -127,12 +129,15 @@ def evaluate(
       the metrics, and the predictions of the evaluation set (not of the swapped videos).
     """
     assert inputs.evaluation is not None, "prepare(evaluation=True) makes it"
-    predictions = predict(config, mesh, programs, sampler, inputs, inputs.evaluation)
+    predictions, failures = predict(config, mesh, programs, sampler, inputs, inputs.evaluation)
+    if jax.process_index() == 0:
+        for name, reason in failures.items():
+            print(f"not scored {name}: {reason}", file=sys.stderr)
     metrics = summarise(predictions)
     metrics["items"] = len(predictions)
     metrics["items_failed"] = len(inputs.evaluation.records) - len(predictions)
     if inputs.swapped is not None:
-        swapped = predict(config, mesh, programs, sampler, inputs, inputs.swapped)
+        swapped, _ = predict(config, mesh, programs, sampler, inputs, inputs.swapped)
         metrics["tvg/mIoU_swapped_videos"] = _mean(p.components["iou"] for p in swapped)
     return metrics, predictions
 
@@ -144,8 +149,12 @@ def predict(
     sampler: Params,
     inputs: Inputs,
     dataset: Dataset,
-) -> list[Prediction]:
-    """Greedy completions of all items, in the dataset's order; items whose video fails are absent."""
+) -> tuple[list[Prediction], dict[str, str]]:
+    """Greedy completions of all items, in the dataset's order.
+
+    Returns:
+      the predictions, and id -> reason of the items whose video failed, which have none.
+    """
     prompts = config.eval.batch
     plan = OnePass(dataset.buckets, prompts)
     rows = process_rows(mesh, prompts)
@@ -162,6 +171,7 @@ def predict(
         ids=[record.id for record in dataset.records],
     )
     found: dict[int, Prediction] = {}
+    failures: dict[str, str] = {}
     with loader:
         for batch in loader:
             zero = put_scalar(mesh, 0)
@@ -169,6 +179,8 @@ def predict(
                 sampler, put_prompts(mesh, batch.prompts), zero, zero
             )
             tokens, lengths = gather_to_host((rollout.tokens, rollout.lengths))
+            for item, kind, message in batch.failures:
+                failures[dataset.records[item].id] = f"{kind}: {message}"
             planned = plan.step(batch.step).items
             records = [dataset.records[item] for item in planned]
             texts = [[inputs.processor.decode(row[0])] for row in tokens]
@@ -193,7 +205,10 @@ def predict(
                         {name: float(x[row, 0]) for name, x in scores.components.items()},
                         int(lengths[row, 0]),
                     )
-    return [found[item] for item in sorted(found)]
+    everywhere = {
+        name: reason for part in gather_objects(failures) for name, reason in part.items()
+    }
+    return [found[item] for item in sorted(found)], everywhere
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, float]:

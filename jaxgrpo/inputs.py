@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ class Inputs(NamedTuple):
     swapped: Dataset | None  # grounding questions of `evaluation`, each about another item's video
     buckets: tuple[Size, ...]  # what each bucket offers
     max_spans: int  # M, the most true spans that an item has
-    excluded: dict[str, str]  # id -> why its video cannot be read; these are in no dataset
+    excluded: dict[str, str]  # "data.train/ID" -> why its video cannot be read: in no dataset
 
 
 class Target(NamedTuple):
@@ -82,7 +82,7 @@ def prepare(
     *,
     train: bool,
     evaluation: bool,
-    excluded: Iterable[str] = (),
+    excluded: Mapping[str, str] | None = None,
 ) -> Inputs:
     """Makes or reads the manifests, probes the videos and sorts the prompts into buckets.
 
@@ -90,8 +90,8 @@ def prepare(
       config: its `data` section and `eval.limit`.
       processor: measures prompts.
       train, evaluation: which manifests are needed.
-      excluded: ids left out whatever their videos are like now: those a resumed run had left out,
-        so that its plan stays the same.
+      excluded: as in the result, left out whatever the videos are like now: what a resumed run
+        left out, so that its plan stays the same.
 
     Raises:
       InputError: a manifest is not configured, none of its videos can be read, or prompts do not
@@ -114,12 +114,13 @@ def prepare(
     if config.eval.limit and evaluation:
         records["data.eval"] = records["data.eval"][: config.eval.limit]
 
-    bad = dict.fromkeys(excluded, "left out when the run began")
+    bad = dict(excluded or {})
     measured: dict[str, list[tuple[Record, Size]]] = {}
     for key, rows in records.items():
         probes = probe_all(rows, data.root, data.threads, Path(data.root) / ".probes.json")
-        usable, errors = _measure(rows, probes, processor, data, bad)
-        bad |= errors
+        left_out = {record.id for record in rows if f"{key}/{record.id}" in bad}
+        usable, errors = _measure(rows, probes, processor, data, left_out)
+        bad |= {f"{key}/{name}": reason for name, reason in errors.items()}
         if not usable:
             shown = "\n".join(list(errors.values())[:_SHOWN])
             raise InputError(f"none of the {len(rows)} videos of {key} can be read:\n{shown}")
@@ -194,6 +195,15 @@ class TargetLoader:
     max_tokens: int
 
     def __call__(self, item: int) -> Target:
+        completion = self.completion(item)
+        return Target(self.prompts(item), completion, np.array(len(completion), np.int32))
+
+    def completion(self, item: int) -> np.ndarray:
+        """The tokens to learn, int32[C], not padded.
+
+        Raises:
+          InputError: there are more than `max_tokens`.
+        """
         record = self.prompts.records[item]
         data = self.prompts.data
         thought = rationale(record) if data.thinking and data.synthetic is not None else ""
@@ -205,7 +215,7 @@ class TargetLoader:
                 f"record {record.id!r}: its target is {len(completion)} tokens, more than "
                 f"rollout.max_new_tokens ({self.max_tokens}); raise that"
             )
-        return Target(self.prompts(item), completion, np.array(len(completion), np.int32))
+        return completion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +252,7 @@ def _measure(
     probes: dict[str, Probe | VideoError],
     processor: Processor,
     data: DataSection,
-    excluded: dict[str, str],
+    excluded: set[str],
 ) -> tuple[list[tuple[Record, Size]], dict[str, str]]:
     """(usable records with the sizes of their prompts, id -> why a video cannot be used)."""
     usable: list[tuple[Record, Size]] = []
@@ -283,7 +293,7 @@ def _swap_videos(
         if (record.video, record.clip) != (other.video, other.clip)
     ]
     probes = probe_all(pairs, data.root, data.threads, Path(data.root) / ".probes.json")
-    swapped, _ = _measure(pairs, probes, processor, data, {})
+    swapped, _ = _measure(pairs, probes, processor, data, set())
     return [(record, size) for record, size in swapped if size.tokens <= data.buckets[-1]]
 
 

@@ -45,7 +45,13 @@ def model_directory(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-    return Path(snapshot_download(text, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except OSError as error:  # all that huggingface_hub raises: offline, unknown, gated
+        raise FileNotFoundError(
+            f"model.path: there is no directory {text}, and the Hugging Face hub gives no model of "
+            f"that name: {error}\nWithout the hub, give model.path as a local directory."
+        ) from error
 
 
 def open_processor(config: Config) -> Processor:

@@ -35,7 +35,7 @@ class RunDir:
 
     Attributes:
       first_step: updates already done; 0 for a new run.
-      excluded: ids left out when the run began, because their videos could not be read.
+      excluded: what was left out when the run began, and why; see `inputs.Inputs`.
       failures: item id -> why its video failed later, over the whole run.
     """
 

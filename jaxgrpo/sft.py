@@ -66,6 +66,9 @@ def main(config: Config) -> None:
         run.excluded = inputs.excluded
         assert inputs.train is not None
         say(describe(inputs))
+        targets = TargetLoader(PromptLoader(processor, inputs.train.records, config.data), length)
+        for item in range(len(inputs.train.records)):
+            targets.completion(item)  # one that is too long is named now, not in the middle
 
         # ---- weights, optimiser, programs ----
         policy, params = open_policy(
@@ -87,7 +90,7 @@ def main(config: Config) -> None:
         # ---- the loop ----
         loader = batches(
             StepPlan(inputs.train.buckets, prompts, config.seed),
-            TargetLoader(PromptLoader(processor, inputs.train.records, config.data), length),
+            targets,
             TargetCollator(PromptCollator(inputs.buckets, processor.pad_id), length),
             start_step=run.first_step,
             num_steps=config.sft.steps - run.first_step,
@@ -101,9 +104,9 @@ def main(config: Config) -> None:
         with loader:
             for batch in loader:
                 done, begun = batch.step + 1, time.perf_counter()
-                targets = put_prompts(mesh, batch.prompts)
+                learnt = put_prompts(mesh, batch.prompts)
                 state, updated = programs[batch.bucket](
-                    state, frozen, targets.prompt, targets.completion, targets.length
+                    state, frozen, learnt.prompt, learnt.completion, learnt.length
                 )
                 metrics = {name: float(value) for name, value in jax.device_get(updated).items()}
                 for line in run.note_failures(batch.failures, inputs.train.records):
