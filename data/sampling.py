@@ -221,6 +221,7 @@ class OnePass:
     def __init__(self, buckets: Sequence[Sequence[int]], prompts: int) -> None:
         """Plans steps of `prompts` items; the buckets hold item numbers and may be empty."""
         self.prompts = prompts
+        self._buckets = buckets
         self._steps = [
             PlannedStep(bucket, [items[i % len(items)] for i in range(first, first + prompts)])
             for bucket, items in enumerate(buckets)
@@ -240,7 +241,8 @@ class OnePass:
         """What fills the slot of an item that cannot be loaded; it is not to be scored.
 
         Raises:
-          LookupError: every other item of the step failed too.
+          LookupError: every other item of the bucket failed too.
         """
-        others = [item for item in self._steps[step].items if item != self._steps[step].items[slot]]
+        bucket, items = self._steps[step]
+        others = [item for item in self._buckets[bucket] if item != items[slot]]
         return others[attempt]
