@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from data.sampling import PlanError, StepPlan, permutation
+from data.sampling import OnePass, PlanError, StepPlan, permutation
 
 PERMUTATION = [3, 2, 4, 6, 5, 7, 1, 0]
 STEPS = [[9, 8, 6], [0, 2, 1], [4, 3, 1], [5, 7, 10], [11, 5, 6], [3, 0, 4]]
@@ -173,3 +173,20 @@ def test_a_plan_that_cannot_be_is_refused(
         StepPlan(buckets, prompts, seed)
     with pytest.raises(PlanError, match="step: expected at least 0"):
         StepPlan([[1]], 1, 0).step(-1)
+
+
+# One pass for evaluation
+
+
+def test_one_pass_takes_every_item_once_and_fills_the_last_step_up() -> None:
+    plan = OnePass([range(5), (), (7, 9)], 2)
+    steps = [plan.step(i) for i in range(plan.steps)]
+    assert [step.items for step in steps] == [[0, 1], [2, 3], [4, 0], [7, 9]]
+    assert [step.bucket for step in steps] == [0, 0, 0, 2]
+
+
+def test_a_bad_item_of_one_pass_is_replaced_by_any_other_of_its_bucket() -> None:
+    plan = OnePass([range(5), (7,)], 1)
+    assert [plan.replacement(3, 0, attempt) for attempt in range(4)] == [0, 1, 2, 4]
+    with pytest.raises(LookupError):
+        plan.replacement(5, 0, 0)  # the bucket of item 7 has no other
