@@ -55,10 +55,13 @@ class Scores(NamedTuple):
 
 def init_program(mesh: Mesh, optimizer: optax.GradientTransformation, params: Params) -> Wrapped:
     """Trained weights -> the state before the first step, a copy of them included."""
-    shapes = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+
+    def init(params: Params) -> TrainState:
+        return init_state(params, optimizer)
+
     of_params = jax.tree.map(lambda x: x.sharding, params)
-    shardings = shardings_like(mesh, shapes, params, of_params)
-    return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)
+    shardings = shardings_like(mesh, jax.eval_shape(init, params), params, of_params)
+    return jax.jit(init, out_shardings=shardings)
 
 
 def publish_program(policy: Policy, shardings: Any) -> Wrapped:

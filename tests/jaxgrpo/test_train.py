@@ -122,7 +122,7 @@ def expected_programs(buckets: int, kl: bool) -> collections.Counter[str]:
             "jit(update)": buckets,
             "jit(score)": 2,  # of G and of one
             "jit(publish)": 1,
-            "jit(<lambda>)": 1,  # the first training state
+            "jit(init)": 1,  # the first training state
         }
     )
 
