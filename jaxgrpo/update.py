@@ -183,7 +183,7 @@ def apply_gradients(
     Returns:
       the new state and scalars: grad_norm (before clipping), skipped_in_a_row (0 if it stepped).
     """
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
     gradients = jax.tree.map(lambda g: g * scale, gradients)
