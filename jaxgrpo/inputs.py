@@ -103,14 +103,12 @@ def prepare(
     if data.synthetic is not None:
         spec = SyntheticSpec(**dataclasses.asdict(data.synthetic))
         train_path, eval_path = map(str, write_dataset(data.root, spec, data.threads))
-    wanted = {
-        "data.train": train_path if train else "",
-        "data.eval": eval_path if evaluation else "",
-    }
-    for key, path in wanted.items():
-        if not path and {"data.train": train, "data.eval": evaluation}[key]:
+    manifests = {"data.train": train_path} if train else {}
+    manifests |= {"data.eval": eval_path} if evaluation else {}
+    for key, path in manifests.items():
+        if not path:
             raise InputError(f"{key} is empty: set it to a JSONL manifest, or set data.synthetic")
-    records = {key: read_manifest(path, data.root) for key, path in wanted.items() if path}
+    records = {key: read_manifest(path, data.root) for key, path in manifests.items()}
     if config.eval.limit and evaluation:
         records["data.eval"] = records["data.eval"][: config.eval.limit]
 
