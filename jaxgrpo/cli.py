@@ -33,6 +33,8 @@ class ExportOptions:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code of the process."""
     options = _parser().parse_args(arguments)
+    # transformers would advise to install PyTorch; only its tokenizers are used.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         check_packages()
         _run(options)
