@@ -49,21 +49,17 @@ def question_text(record: Record, thinking: bool) -> str:
     return "\n".join([record.question, *lines, request])
 
 
-def target_text(record: Record, thinking: bool, rationale: str = "") -> str:
+def target_text(record: Record, thinking: bool) -> str:
     """The completion with the largest reward that a completion can have.
 
     Times have one decimal where that is exact, else two, and more only where the span is so short
-    that rounding would cost over 0.2 % of it. Of several true spans it names the one stretch with the largest IoU. The
-    rationale is the text of the `<think>` block. Raises `PromptError` where the record lacks an
-    answer or a span that its task asks for, where the rationale holds a tag of the format, and
-    where there is one without thinking.
+    that rounding would cost over 0.2 % of it. Of several true spans it names the one stretch with
+    the largest IoU. With thinking, the record's rationale is the text of the `<think>` block, which
+    is empty without one. Raises `PromptError` where the record lacks an answer or a span that its
+    task asks for, and where the rationale holds a tag of the format.
     """
     _check_task(record)
-    if rationale and not thinking:
-        raise PromptError(
-            f"record {record.id!r}: found a rationale although thinking is off: turn thinking on "
-            "or leave the rationale out."
-        )
+    rationale = record.rationale or ""
     for tag in _TAGS:
         if tag in rationale:
             raise PromptError(

@@ -56,6 +56,7 @@ class Record:
         where there is no clip; empty for mcqa.
       duration: the annotated length in seconds of the whole file, if known.
       clip: the (start, end) in seconds of the file that is shown; None shows all of it.
+      rationale: the reasoning that supervised training teaches for the think block, if any.
     """
 
     id: str
@@ -66,7 +67,8 @@ class Record:
     answer: str | None
     spans: tuple[tuple[float, float], ...]
     duration: float | None
-    clip: tuple[float, float] | None
+    clip: tuple[float, float] | None = None
+    rationale: str | None = None
 
 
 def read_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[Record]:
@@ -201,6 +203,7 @@ def _record(row: dict[str, Any]) -> Record:
         spans=tuple((float(start), float(end)) for start, end in row.get("spans") or ()),
         duration=None if duration is None else float(duration),
         clip=None if clip is None else (float(clip[0]), float(clip[1])),
+        rationale=row.get("rationale"),
     )
 
 
@@ -219,6 +222,9 @@ def _problems(row: dict[str, Any], root: str | os.PathLike[str]) -> list[str]:
             found.append(f"field {name!r}: {problem}")
         elif name == "video" and (problem := _path_problem(row["video"], root)):
             found.append(f"field 'video': {problem}")
+    rationale = row.get("rationale")
+    if rationale is not None and (problem := _text_problem(rationale)):
+        found.append(f"field 'rationale': {problem}; leave it out if there is none")
     task = row.get("task")
     if isinstance(task, str) and task not in TASKS:
         found.append(f"field 'task': expected one of {', '.join(TASKS)}, found {_short(task)}")

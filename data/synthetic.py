@@ -17,8 +17,6 @@ import dataclasses
 import json
 import os
 import random
-import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -44,12 +42,9 @@ COLORS = {  # RGB
     "cyan": (45, 215, 225),
 }
 # Changes whenever the same seed yields other clips or questions.
-GENERATOR_VERSION = 1
-_QUESTION = re.compile(
-    r"Which color appears (?P<mcqa>first|last)\?"
-    r"|When is the (?P<tvg>\w+ \w+) visible\?"
-    r"|Which color is the (?P<gqa>\w+), and when is it visible\?"
-)
+GENERATOR_VERSION = 2
+# The names of a clip's events in time order, for the rationales.
+_PLACES = {1: ("only",), 2: ("first", "last"), 3: ("first", "then", "last")}
 _SPEC_FILE = "dataset.json"
 _SPLITS = ("train", "eval")  # the split's index is part of the seed: no scene is in both
 
@@ -125,7 +120,7 @@ def scene(
     """Draws a scene, a pure function of its arguments.
 
     Event lengths are uniform on multiples of 0.5 s among those that fit; the time that is left is
-    shared out uniformly, so that a constant answer scores little (`best_constant_span`).
+    shared out uniformly, so that a constant answer scores little.
     """
     rng = random.Random(f"scene {seed}")
     steps = rng.randint(int(seconds[0] / STEP), int(seconds[1] / STEP))
@@ -226,30 +221,37 @@ def questions(drawn: Scene, name: str, video: str) -> list[Record]:
         answer=answer,
         spans=(),
         duration=drawn.duration,
-        clip=None,
     )
-    event = rng.choice(drawn.events)
+    grounded = rng.choice(drawn.events)
     tvg = dataclasses.replace(
         mcqa,
         id=f"{name}-tvg",
         task="tvg",
-        question=f"When is the {event.color} {event.shape} visible?",
+        question=f"When is the {grounded.color} {grounded.shape} visible?",
         options=(),
         answer=None,
-        spans=((event.start, event.end),),
+        spans=((grounded.start, grounded.end),),
     )
-    event = rng.choice(drawn.events)
-    options, answer = _options(rng, drawn, event.color)
+    asked = rng.choice(drawn.events)
+    options, answer = _options(rng, drawn, asked.color)
     gqa = dataclasses.replace(
         mcqa,
         id=f"{name}-gqa",
         task="gqa",
-        question=f"Which color is the {event.shape}, and when is it visible?",
+        question=f"Which color is the {asked.shape}, and when is it visible?",
         options=options,
         answer=answer,
-        spans=((event.start, event.end),),
+        spans=((asked.start, asked.end),),
     )
-    return [mcqa, tvg, gqa]
+    reasons = (
+        f"{place} {_name(first_or_last)} {mcqa.answer}",
+        f"{_name(grounded)} {_times(grounded)}",
+        f"{_name(asked)} {_times(asked)}, {asked.color} {gqa.answer}",
+    )
+    return [
+        dataclasses.replace(record, rationale=_rationale(drawn, record, right))
+        for record, right in zip((mcqa, tvg, gqa), reasons, strict=True)
+    ]
 
 
 def _options(rng: random.Random, drawn: Scene, color: str) -> tuple[tuple[str, ...], str]:
@@ -260,30 +262,28 @@ def _options(rng: random.Random, drawn: Scene, color: str) -> tuple[tuple[str, .
     return tuple(options), LETTERS[options.index(color)]
 
 
-def rationale(record: Record) -> str:
-    """A little reasoning for the supervised cold start, computed from the record.
+def _rationale(drawn: Scene, record: Record, right: str) -> str:
+    """A little reasoning for the supervised cold start: what is seen, the options, what is right.
 
-    The options are listed with their letters behind, so that what follows the answer's colour has
-    been said before: copying that is what small models learn soonest. Colours follow a blank in
-    lower case everywhere, so that they are the same tokens.
-
-    Raises:
-      SyntheticError: the record is not one of `questions`.
+    Small models learn soonest to copy what followed a word before. So the shape comes before the
+    colour, both before the times, and each option before its letter: from the question's words on,
+    every word of `right` is a copy.
     """
-    asked = _QUESTION.fullmatch(record.question)
-    if asked is None or asked.lastgroup != record.task:
-        raise SyntheticError(
-            f"record {record.id!r}: {record.question!r} is not a synthetic {record.task} question; "
-            "write the reasoning of other data yourself, or train without it"
-        )
-    if record.answer is None:
-        start, end = record.spans[0]
-        return f"{start:.1f} to {end:.1f}."
-    color = record.options[LETTERS.index(record.answer)]
+    seen = ", ".join(
+        f"{place} {_name(event)} {_times(event)}"
+        for place, event in zip(_PLACES[len(drawn.events)], drawn.events, strict=True)
+    )
     options = ", ".join(f"{option} {letter}" for option, letter in zip(record.options, LETTERS))
-    if record.task == "mcqa":
-        return f"Options: {options}. The {asked['mcqa']} color is {color} {record.answer}."
-    return f"Options: {options}. The {asked['gqa']} is {color} {record.answer}."
+    choice = f" Options: {options}." if options else ""
+    return f"Seen: {seen}.{choice} Right: {right}."
+
+
+def _name(event: Event) -> str:
+    return f"{event.shape} {event.color}"
+
+
+def _times(event: Event) -> str:
+    return f"{event.start:.1f} to {event.end:.1f}"
 
 
 def write_dataset(
@@ -347,34 +347,3 @@ def _write_clip(path: Path, drawn: Scene) -> None:
         writer.write(frame[:, :, ::-1])
     writer.release()
     partial.replace(path)
-
-
-def best_constant_span(
-    spans: Sequence[tuple[float, float]], step: float = STEP
-) -> tuple[float, float, float]:
-    """The one span that scores the highest mean IoU when it answers every question.
-
-    A model that learnt nothing from the video can score this much, so it is the baseline to beat.
-
-    Args:
-      spans: M pairs of start and end, seconds.
-      step: seconds between the tried boundaries.
-
-    Returns:
-      start, end (seconds) and the mean IoU, the best over a grid of all starts < ends.
-
-    Example: `best_constant_span([(0, 2), (0, 2), (5, 6)])` is `(0.0, 2.0, 2 / 3)`.
-    """
-    truth = np.asarray(spans, np.float64)  # [M, 2]
-    grid = np.arange(0.0, truth.max() + step, step)
-    best = (0.0, step, -1.0)
-    for start in grid[:-1]:
-        ends = grid[grid > start][:, None]
-        shared = np.minimum(ends, truth[:, 1]) - np.maximum(start, truth[:, 0])
-        shared = np.maximum(shared, 0.0)
-        union = (ends - start) + (truth[:, 1] - truth[:, 0]) - shared
-        means = (shared / union).mean(axis=1)
-        top = int(means.argmax())
-        if means[top] > best[2]:
-            best = (float(start), float(ends[top, 0]), float(means[top]))
-    return best

@@ -19,7 +19,7 @@ import numpy as np
 from data.probe import Probe, VideoError, probe_all
 from data.prompts import question_text, target_text
 from data.records import Record, read_manifest
-from data.synthetic import SyntheticSpec, rationale, write_dataset
+from data.synthetic import SyntheticSpec, write_dataset
 from data.video import FrameSampling, decode, frame_count
 from jaxgrpo.config import Config, DataSection
 from models.qwen2_5_vl.processor import PixelLimits, Processor, Prompt, Size, Video, collate
@@ -186,7 +186,7 @@ class PromptLoader:
 class TargetLoader:
     """Item -> prompt and the completion with the largest reward, for supervised training.
 
-    With thinking, synthetic records get their rationale as the thought; others an empty one.
+    With thinking, a record's rationale is the thought; without one the thought is empty.
     """
 
     prompts: PromptLoader
@@ -203,11 +203,8 @@ class TargetLoader:
           InputError: there are more than `max_tokens`.
         """
         record = self.prompts.records[item]
-        data = self.prompts.data
-        thought = rationale(record) if data.thinking and data.synthetic is not None else ""
-        completion = self.prompts.processor.encode_completion(
-            target_text(record, data.thinking, thought)
-        )
+        text = target_text(record, self.prompts.data.thinking)
+        completion = self.prompts.processor.encode_completion(text)
         if len(completion) > self.max_tokens:
             raise InputError(
                 f"record {record.id!r}: its target is {len(completion)} tokens, more than "

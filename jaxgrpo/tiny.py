@@ -30,7 +30,7 @@ from tokenizers import (
 )
 
 from data.prompts import question_text, target_text
-from data.synthetic import questions, rationale, scene
+from data.synthetic import questions, scene
 from jaxgrpo import config, export, sft
 
 COLD_START = Path(__file__).parent.parent / "configs" / "cold_start.yaml"
@@ -168,11 +168,9 @@ def _corpus(scenes: int = 300) -> Iterator[str]:
     """
     yield from (SYSTEM, "system\n", "user\n", "assistant\n")
     for number in range(scenes):
-        for record in questions(scene((0, 2, number)), "", "clip.mp4"):
+        for record in questions(scene((0, 2, number), events=(1, 3)), "", "clip.mp4"):
             for thinking in (True, False):
-                reasons = rationale(record) if thinking else ""
-                target = target_text(record, thinking, reasons)
-                for text in (question_text(record, thinking), target):
+                for text in (question_text(record, thinking), target_text(record, thinking)):
                     yield from re.split(r"(?<=>)(?=[A-Za-z])", text)
 
 

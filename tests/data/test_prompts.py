@@ -92,10 +92,11 @@ def test_repeating_the_prompts_own_example_earns_nothing(task: str, thinking: bo
 def test_targets_in_full() -> None:
     span = '"start_time": "3.5", "end_time": "7.0"'
     assert target_text(of("mcqa"), thinking=False) == "<answer>B</answer>"
-    assert (
-        target_text(of("tvg"), thinking=True, rationale="It opens.")
-        == f"<think>It opens.</think><answer>{{{span}}}</answer>"
-    )
+    reasoned = dataclasses.replace(of("tvg"), rationale="It opens.")
+    answer = f"<answer>{{{span}}}</answer>"
+    assert target_text(reasoned, thinking=True) == f"<think>It opens.</think>{answer}"
+    assert target_text(reasoned, thinking=False) == answer
+    assert target_text(of("tvg"), thinking=True) == f"<think></think>{answer}"
     assert target_text(of("gqa"), thinking=False) == f'<answer>{{"option": "B", {span}}}</answer>'
 
 
@@ -103,8 +104,8 @@ def test_targets_in_full() -> None:
 @pytest.mark.parametrize(("task", "most"), [("mcqa", 1.5), ("tvg", 2.5), ("gqa", 3.5)])
 def test_the_target_earns_the_largest_reward(task: str, most: float, thinking: bool) -> None:
     for spans in (((3.5, 7.0),), ((0.0, 0.1),), ((12.25, 130.75),), ((3.0, 5.0), (4.0, 7.0))):
-        record = of(task, spans)
-        text = target_text(record, thinking, "It opens." if thinking else "")
+        record = dataclasses.replace(of(task, spans), rationale="It opens.")
+        text = target_text(record, thinking)
         assert reward(text, record, thinking)[0] == pytest.approx(most, abs=1e-5)
 
 
@@ -164,9 +165,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(PromptError, match="record 'a-0', task"):
         target_text(unknown, thinking=True)
     with pytest.raises(PromptError, match="holds '</think>'"):
-        target_text(RECORD, thinking=True, rationale="a</think>b")
-    with pytest.raises(PromptError, match="thinking is off"):
-        target_text(RECORD, thinking=False, rationale="It opens.")
+        target_text(dataclasses.replace(RECORD, rationale="a</think>b"), thinking=True)
     with pytest.raises(PromptError, match="answer: expected an option's letter"):
         target_text(dataclasses.replace(RECORD, answer=None), thinking=False)
     with pytest.raises(PromptError, match="spans: expected at least one"):

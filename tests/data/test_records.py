@@ -65,6 +65,7 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_harmless(tmp_pa
     [
         (MCQA, {"id": 7}, ["'id'", "expected a text", "found 7"]),
         (MCQA, {"question": "  "}, ["'question'", "not empty"]),
+        (MCQA, {"rationale": 3}, ["'rationale'", "found 3", "leave it out"]),
         (MCQA, {"question": "\ud800"}, ["'question'", "surrogate"]),
         (MCQA, {"task": "vqa"}, ["'task'", "mcqa, tvg, gqa", "'vqa'"]),
         (MCQA, {"task": None}, ["'task'", "expected a text"]),
@@ -191,7 +192,7 @@ def records(draw: st.DrawFn) -> Record:
         answer=draw(st.sampled_from("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)] or [None])),
         spans=tuple((start, end) for start, end in spans),
         duration=draw(st.none() | st.just(2e6)),
-        clip=None,
+        rationale=draw(st.none() | texts),
     )
 
 

@@ -20,7 +20,7 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from data.prompts import question_text, target_text
 from data.records import LETTERS, Record
-from data.synthetic import COLORS, OPTIONS, SHAPES, questions, rationale, scene
+from data.synthetic import COLORS, OPTIONS, SHAPES, questions, scene
 from jaxgrpo import config
 from jaxgrpo.tiny import (
     CHAT_TEMPLATE,
@@ -241,7 +241,7 @@ def test_prompts_and_targets_are_short(tokenizer: Any) -> None:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        target = target_text(record, True, rationale(record)) + "<|im_end|>"
+        target = target_text(record, True) + "<|im_end|>"
         for counts, text in ((prompts, prompt), (completions, target)):
             length = len(tokenizer(text).input_ids)
             counts[record.task] = max(length, counts.get(record.task, 0))
