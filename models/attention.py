@@ -4,7 +4,7 @@ Legend: P prompts, G completions per prompt, S prompt tokens, C completion token
         N query heads, K key/value heads, R = N / K queries that share a key head, H head dimension.
 
 Scores and softmax are float32; probabilities are cast to the values' dtype before they meet them,
-as in the original. `...` stands for any batch axes.
+as in the original; what the two parts of a group add up to is rounded once, at the end. `...` stands for any batch axes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ def _split_heads(q: Array, kv_heads: int) -> Array:
     return q.reshape(*batch, kv_heads, heads // kv_heads, dim)
 
 
+def _einsum32(subscripts: str, a: Array, b: Array) -> Array:
+    """A product of two arrays, summed and left in float32 whatever their dtype."""
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
 def attend(q: Array, k: Array, v: Array, mask: ArrayLike) -> Array:
     """Softmax attention under a boolean mask.
 
@@ -41,8 +46,7 @@ def attend(q: Array, k: Array, v: Array, mask: ArrayLike) -> Array:
       [..., T, N, H].
     """
     q = _split_heads(q, k.shape[-2])
-    scores = jnp.einsum("...tkrh,...skh->...krts", q, k, preferred_element_type=jnp.float32)
-    scores = scores / math.sqrt(q.shape[-1])
+    scores = _einsum32("...tkrh,...skh->...krts", q, k) / math.sqrt(q.shape[-1])
     scores = jnp.where(jnp.asarray(mask)[..., None, None, :, :], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("...krts,...skh->...tkrh", weights, v)
@@ -75,10 +79,11 @@ def attend_shared_prompt(
     Returns:
       [P, G, T, N, H].
     """
-    q = _split_heads(q, k.shape[-2]) / math.sqrt(q.shape[-1])
-    prompt = jnp.einsum("pgtkrh,pskh->pkgrts", q, k_prompt, preferred_element_type=jnp.float32)
+    q = _split_heads(q, k.shape[-2])
+    scale = math.sqrt(q.shape[-1])
+    prompt = _einsum32("pgtkrh,pskh->pkgrts", q, k_prompt) / scale
     prompt = jnp.where(jnp.asarray(valid)[:, None, None, None, None, :], prompt, _MASKED)
-    own = jnp.einsum("pgtkrh,pgckh->pkgrtc", q, k, preferred_element_type=jnp.float32)
+    own = _einsum32("pgtkrh,pgckh->pkgrtc", q, k) / scale
     own = jnp.where(mask, own, _MASKED)
 
     highest = jnp.maximum(prompt.max(-1, keepdims=True), own.max(-1, keepdims=True))
@@ -86,7 +91,7 @@ def attend_shared_prompt(
     prompt, own = jnp.exp(prompt - highest), jnp.exp(own - highest)
     total = prompt.sum(-1) + own.sum(-1)  # [P, K, G, R, T]
 
-    out = jnp.einsum("pkgrts,pskh->pgtkrh", prompt.astype(v.dtype), v_prompt)
-    out = out + jnp.einsum("pkgrtc,pgckh->pgtkrh", own.astype(v.dtype), v)
-    out = out / jnp.einsum("pkgrt->pgtkr", total)[..., None].astype(out.dtype)
+    out = _einsum32("pkgrts,pskh->pgtkrh", prompt.astype(v.dtype), v_prompt)
+    out = out + _einsum32("pkgrtc,pgckh->pgtkrh", own.astype(v.dtype), v)
+    out = (out / jnp.einsum("pkgrt->pgtkr", total)[..., None]).astype(v.dtype)
     return out.reshape(*out.shape[:3], -1, out.shape[-1])
