@@ -151,6 +151,7 @@ def probe_all(
       threads: files looked at at once, at least 1.
       cache_path: a JSON file, read and rewritten; a file whose size and modification time have not
         changed is not opened again. What it holds about other files is kept. None keeps nothing.
+        Where it cannot be written (a read-only data root) a warning says so.
 
     Returns:
       Per record id what the file claims, or what is wrong with it (never raised).
@@ -205,18 +206,16 @@ def _finding(entry: dict[str, Any], path: Path) -> Probe | VideoError:
 def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
     """The cache's entries by video; none, with a warning, where it is damaged or of old age."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    try:
-        content = json.loads(text)
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != _CACHE_VERSION:
             raise ValueError(f"version {content['version']}, expected {_CACHE_VERSION}")
         files: dict[str, dict[str, Any]] = content["files"]
         for video, entry in files.items():
             _finding(entry, Path(video))
             int(entry["size"]), int(entry["mtime_ns"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.warning("%s: probing all videos again, the cache cannot be used: %r", path, error)
         return {}
     return files
@@ -225,4 +224,7 @@ def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
 def _write_cache(path: Path, files: dict[str, dict[str, Any]]) -> None:
     lines = [f"  {json.dumps(video)}: {json.dumps(files[video])}" for video in sorted(files)]
     body = ",\n".join(lines)
-    write_atomically(path, f'{{"version": {_CACHE_VERSION}, "files": {{\n{body}\n}}}}\n')
+    try:
+        write_atomically(path, f'{{"version": {_CACHE_VERSION}, "files": {{\n{body}\n}}}}\n')
+    except OSError as error:
+        _log.warning("%s: the next run probes all videos again, no cache written: %s", path, error)

@@ -140,6 +140,19 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(
     assert opened == ["a.mp4"]
 
 
+def test_a_cache_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a read-only data root. (Tests may run as root, who may write anywhere: a file is there
+    where the cache's folder would be.)"""
+    clips.write_mp4v(tmp_path / "a.mp4", 10)
+    (tmp_path / "taken").touch()
+    cache = tmp_path / "taken" / "probes.json"
+    found = probe_all([record("1", "a.mp4")], tmp_path, 1, cache)["1"]
+    assert isinstance(found, Probe)
+    assert f"{cache}: the next run probes all videos again" in caplog.text
+
+
 def test_every_fact_of_a_probe_is_cached(tmp_path: Path) -> None:
     clips.write_mp4v(tmp_path / "a.mp4", 10, fps=24000 / 1001)
     records, cache = [record("1", "a.mp4")], tmp_path / "probes.json"
