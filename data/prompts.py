@@ -10,9 +10,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Final
 
-from data.records import LETTERS, Record
+from data.records import LETTERS, Record, Span, merge_spans
 
-_TAGS: Final = ("<think>", "</think>", "<answer>", "</answer>")
+TAGS: Final = ("<think>", "</think>", "<answer>", "</answer>")
 
 _THINK: Final = "Think inside <think></think>, then "
 _ANSWER_WITH: Final = {
@@ -22,8 +22,6 @@ _ANSWER_WITH: Final = {
     "gqa": "answer with the letter of the right option and when the video shows it, in seconds, as "
     '<answer>{"option": "letter", "start_time": "s", "end_time": "s"}</answer>.',
 }
-
-Span = tuple[float, float]
 
 
 class PromptError(ValueError):
@@ -60,7 +58,7 @@ def target_text(record: Record, thinking: bool) -> str:
     """
     _check_task(record)
     rationale = record.rationale or ""
-    for tag in _TAGS:
+    for tag in TAGS:
         if tag in rationale:
             raise PromptError(
                 f"record {record.id!r}: the rationale holds {tag!r}, which would end its block: "
@@ -101,12 +99,7 @@ def best_single_span(spans: tuple[Span, ...]) -> Span:
 
         ((0, 4), (5, 9), (50, 51)) -> (0, 9), with an IoU of 8 / (9 + 1)
     """
-    merged: list[Span] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
+    merged = merge_spans(spans)
     total = sum(end - start for start, end in merged)
 
     def iou(first: int, last: int) -> float:

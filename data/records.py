@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 import secrets
@@ -25,8 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
+Span = tuple[float, float]  # start and end, seconds
+
 TASKS: Final = ("mcqa", "tvg", "gqa")
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+# The latest time there is, in seconds: no later one can be read from a completion.
+LATEST: Final = 1e6
 
 # How far, in seconds, a span or a clip may pass the annotated duration: NExT-GQA and others round
 # the duration, not the spans.
@@ -65,9 +71,9 @@ class Record:
     question: str
     options: tuple[str, ...]
     answer: str | None
-    spans: tuple[tuple[float, float], ...]
+    spans: tuple[Span, ...]
     duration: float | None
-    clip: tuple[float, float] | None = None
+    clip: Span | None = None
     rationale: str | None = None
 
 
@@ -139,6 +145,25 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
         raise ManifestError(f"{path} not written: expected at least one record, found none")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(path, text)
+
+
+def is_span(start: float, end: float) -> bool:
+    """Whether 0 <= start < end <= LATEST, also in float32, the type that spans are scored in."""
+    return 0 <= start < end <= LATEST and bool(np.float32(start) < np.float32(end))
+
+
+def merge_spans(spans: Iterable[Span]) -> list[Span]:
+    """The union of spans, as sorted spans that neither overlap nor touch.
+
+    [(5, 9), (0, 2), (1, 4), (9, 10)] -> [(0, 4), (5, 10)]
+    """
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
@@ -302,7 +327,7 @@ def _time_problems(row: dict[str, Any], task: str) -> list[str]:
     duration, clip, spans = row.get("duration"), row.get("clip"), row.get("spans")
     if duration is not None and not (_is_seconds(duration) and duration > 0):
         found.append(
-            f"field 'duration': expected seconds above 0, found {_short(duration)}; "
+            f"field 'duration': expected seconds above 0, at most {LATEST:,.0f}, found {_short(duration)}; "
             "leave it out if it is not known"
         )
         duration = None
@@ -332,12 +357,14 @@ def _time_problems(row: dict[str, Any], task: str) -> list[str]:
 def _span_problem(span: object, limit: float | None, what: str) -> str | None:
     """Why `span` is not [start, end] with 0 <= start < end, start < limit, end near limit."""
     if not (isinstance(span, list) and len(span) == 2 and all(map(_is_seconds, span))):
-        return f"expected [start, end] in seconds, found {_short(span)}"
+        return f"expected [start, end] in seconds, 0 to {LATEST:,.0f}, found {_short(span)}"
     start, end = span
     if start > end:
         return f"expected start < end, found {_short(span)}; swap them"
     if start == end:
         return f"expected start < end, found the empty {_short(span)}; remove it"
+    if not is_span(start, end):
+        return f"expected times that differ in float32, found {_short(span)}; lengthen it"
     if limit is not None and (start >= limit or end > limit + ROUNDING):
         return f"expected an end within {what} of {limit:g} s, found {_short(span)}"
     return None
@@ -346,7 +373,7 @@ def _span_problem(span: object, limit: float | None, what: str) -> str | None:
 def _is_seconds(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return 0 <= value < 1e9 and math.isfinite(value)
+    return 0 <= value <= LATEST
 
 
 def _short(value: object) -> str:

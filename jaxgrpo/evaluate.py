@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from data.pipeline import batches
-from data.records import Record, write_atomically
+from data.records import Record, merge_spans, write_atomically
 from data.sampling import OnePass
 from jaxgrpo.config import Config
 from jaxgrpo.inputs import Dataset, Inputs, PromptCollator, PromptLoader, describe, prepare
@@ -268,23 +268,12 @@ def best_constant_span(
     total = np.zeros(len(start))
     for item in spans:
         inside, length = np.zeros(len(start)), 0.0
-        for a, b in _merged(item):
+        for a, b in merge_spans(item):
             inside += np.clip(np.minimum(end, b) - np.maximum(start, a), 0.0, None)
             length += b - a
         total += inside / (end - start + length - inside)
     best = int(np.argmax(total))
     return float(start[best]), float(end[best]), float(total[best] / len(spans))
-
-
-def _merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The union of spans as spans that do not overlap."""
-    merged: list[tuple[float, float]] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return merged
 
 
 def _mean(values: Iterable[Any]) -> float:

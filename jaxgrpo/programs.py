@@ -203,7 +203,6 @@ def truth_shapes(mesh: Mesh, prompts: int, spans: int) -> Truth:
         spans=on(np.float32, spans, 2),
         has_choice=on(np.bool_),
         has_span=on(np.bool_),
-        duration=on(np.float32),
     )
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.records import LETTERS, TASKS, Record
+from data.records import LATEST, LETTERS, TASKS, Record, is_span
 from rewards.choice import choice_reward
 from rewards.format import format_reward
 from rewards.parse import Answers, RewardError
@@ -50,7 +50,6 @@ class Truth(NamedTuple):
     spans: np.ndarray | jax.Array  # f32[P, M, 2], seconds, padded with NaN
     has_choice: np.ndarray | jax.Array  # bool[P]
     has_span: np.ndarray | jax.Array  # bool[P]
-    duration: np.ndarray | jax.Array  # f32[P], seconds, NaN where unknown; dual_reward needs none
 
 
 def truth_arrays(records: Sequence[Record], max_spans: int) -> Truth:
@@ -67,15 +66,12 @@ def truth_arrays(records: Sequence[Record], max_spans: int) -> Truth:
     count = len(records)
     choice = np.full(count, -1, np.int32)
     spans = np.full((count, max_spans, 2), np.nan, np.float32)
-    duration = np.full(count, np.nan, np.float32)
     for p, record in enumerate(records):
         if record.task not in TASKS:
             raise RewardError(
                 f"record {record.id!r}, task: expected one of {', '.join(TASKS)}, "
                 f"found {record.task!r}."
             )
-        if record.duration is not None:
-            duration[p] = record.duration
         if record.task != "tvg":
             choice[p] = _option_index(record)
         if record.task != "mcqa":
@@ -83,7 +79,7 @@ def truth_arrays(records: Sequence[Record], max_spans: int) -> Truth:
             spans[p, : len(record.spans)] = record.spans
     has_choice = np.array([record.task != "tvg" for record in records], bool)
     has_span = np.array([record.task != "mcqa" for record in records], bool)
-    return Truth(choice, spans, has_choice, has_span, duration)
+    return Truth(choice, spans, has_choice, has_span)
 
 
 def dual_reward(
@@ -134,10 +130,9 @@ def _check_spans(record: Record, max_spans: int) -> None:
             f"found {len(record.spans)}."
         )
     for start, end in record.spans:
-        # Distinct in float32 as well; no time that can be parsed is larger than 1e6.
-        if not (0 <= start < end <= 1e6 and np.float32(start) < np.float32(end)):
+        if not is_span(start, end):
             raise RewardError(
-                f"record {record.id!r}, spans: expected 0 <= start < end <= 1e6 in seconds, "
+                f"record {record.id!r}, spans: expected 0 <= start < end <= {LATEST:,.0f} in seconds, "
                 f"found [{start}, {end}]."
             )
 

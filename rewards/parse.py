@@ -59,8 +59,6 @@ import numpy as np
 
 from data.records import LETTERS, TASKS
 
-TAGS: Final = ("<think>", "</think>", "<answer>", "</answer>")
-
 _SPACE: Final = " \t\n\r"
 _NAN: Final = float("nan")
 

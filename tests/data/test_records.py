@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.records import ManifestError, Record, read_manifest, write_manifest
+from data.records import (
+    LATEST,
+    ManifestError,
+    Record,
+    is_span,
+    merge_spans,
+    read_manifest,
+    write_manifest,
+)
 
 MCQA = {
     "id": "a",
@@ -95,6 +103,9 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_harmless(tmp_pa
         (TVG, {"spans": [[True, 3]]}, ["'spans', number 1"]),
         (TVG, {"spans": [["0", "3"]]}, ["'spans', number 1"]),
         (TVG, {"spans": [[0, 1e400]]}, ["Infinity"]),
+        (TVG, {"spans": [[0, 1000001]]}, ["'spans', number 1", "0 to 1,000,000"]),
+        (TVG, {"spans": [[900000, 900000.01]]}, ["'spans', number 1", "float32", "lengthen"]),
+        (TVG, {"duration": 1e7}, ["'duration'", "at most 1,000,000"]),
         (TVG, {"spans": [[0, 9.5]], "duration": 8}, ["'spans', number 1", "duration of 8 s"]),
         (TVG, {"spans": [[8, 8.5]], "duration": 8}, ["'spans', number 1", "duration of 8 s"]),
         (TVG, {"duration": 0}, ["'duration'", "above 0"]),
@@ -172,7 +183,7 @@ def test_a_missing_and_an_empty_manifest_are_errors(tmp_path: Path) -> None:
 
 
 texts = st.text(min_size=1).filter(str.strip)
-seconds = st.floats(0, 1e6)
+seconds = st.floats(0, LATEST)
 
 
 @st.composite
@@ -181,7 +192,7 @@ def records(draw: st.DrawFn) -> Record:
     options: tuple[str, ...] = ()
     if task != "tvg":
         options = tuple(f"{text}?" for text in draw(st.sets(texts, min_size=2, max_size=26)))
-    ends = st.tuples(seconds, seconds).map(sorted).filter(lambda ends: ends[0] < ends[1])
+    ends = st.tuples(seconds, seconds).map(sorted).filter(lambda ends: is_span(*ends))
     spans = draw(st.lists(ends, min_size=1, max_size=4)) if task != "mcqa" else []
     return Record(
         id=draw(texts),
@@ -191,7 +202,7 @@ def records(draw: st.DrawFn) -> Record:
         options=options,
         answer=draw(st.sampled_from("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)] or [None])),
         spans=tuple((start, end) for start, end in spans),
-        duration=draw(st.none() | st.just(2e6)),
+        duration=draw(st.none() | st.just(LATEST)),
         rationale=draw(st.none() | texts),
     )
 
@@ -203,6 +214,12 @@ def test_what_is_written_is_read_back(
     path = tmp_path_factory.mktemp("manifest") / "m.jsonl"
     write_manifest(path, written)
     assert read_manifest(path, path.parent) == written
+
+
+def test_spans_merge_where_they_overlap_or_touch() -> None:
+    assert merge_spans([(5, 9), (0, 2), (1, 4), (9, 10)]) == [(0, 4), (5, 10)]
+    assert merge_spans([(0, 9), (1, 2)]) == [(0, 9)]
+    assert merge_spans([]) == []
 
 
 def test_a_record_that_would_be_refused_is_not_written(tmp_path: Path) -> None:

@@ -292,7 +292,6 @@ def test_scores_become_rewards_and_advantages(run: Run) -> None:
         spans=np.array([[[np.nan] * 2], [[0.0, 4.0]]], np.float32),
         has_choice=np.array([True, False]),
         has_span=np.array([False, True]),
-        duration=np.array([8.0, 8.0], np.float32),
     )
     program = score_program(run.mesh, RewardSection(0.5, 1.0, 2.0), divide_by_std=True)
     compiled = program.lower(answer_shapes(run.mesh, P, G), truth_shapes(run.mesh, P, 1)).compile()

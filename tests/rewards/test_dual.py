@@ -120,17 +120,16 @@ def test_jit_gives_the_same_rewards() -> None:
 def test_truth_keeps_what_the_task_scores_and_pads_the_rest() -> None:
     records = [
         record("mcqa", spans=((1.0, 2.0),)),  # present, but mcqa does not score spans
-        record("tvg", answer="A", options=OPTIONS, duration=None),
+        record("tvg", answer="A", options=OPTIONS),
         record("gqa", answer="D"),
     ]
     truth = truth_arrays(records, max_spans=3)
     np.testing.assert_array_equal(truth.choice, [1, -1, 3])
     np.testing.assert_array_equal(truth.has_choice, [True, False, True])
     np.testing.assert_array_equal(truth.has_span, [False, True, True])
-    np.testing.assert_array_equal(truth.duration, np.float32([30, NAN, 30]))
     padded = [[2, 4], [6, 10], [NAN, NAN]]
     np.testing.assert_array_equal(truth.spans, np.float32([np.full((3, 2), NAN), padded, padded]))
-    assert [a.dtype for a in truth] == [np.int32, np.float32, bool, bool, np.float32]
+    assert [a.dtype for a in truth] == [np.int32, np.float32, bool, bool]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.prompts import TAGS
 from data.records import TASKS
-from rewards.parse import TAGS, Answer, RewardError, parse, parse_batch
+from rewards.parse import Answer, RewardError, parse, parse_batch
 
 SPAN = '"start_time": "3.5", "end_time": "7.0"'
 GOOD = {
