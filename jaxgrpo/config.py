@@ -11,7 +11,7 @@ machine), never of one that decides what is learnt: see `check_resume`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +40,14 @@ def _above_zero(name: str, section: Any, *keys: str) -> None:
     for key in keys:
         value = section.__dict__[key]
         _check(f"{name}.{key}", value, value > 0, "more than 0")
+
+
+def _accepted_by(library: Callable[..., Any], name: str, section: Any) -> None:
+    """Makes of a section the object that a run will make of it, whose limits are the section's."""
+    try:
+        library(**section.__dict__)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,9 @@ class SyntheticSection:
     def __post_init__(self) -> None:
         for name, pair in (("seconds", self.seconds), ("events", self.events)):
             _check(f"data.synthetic.{name}", list(pair), len(pair) == 2, "[least, most]")
-        _at_least("data.synthetic", self, train_clips=1, eval_clips=1, seed=0)
+        from data.synthetic import SyntheticSpec  # not above: see `cli`
+
+        _accepted_by(SyntheticSpec, "data.synthetic", self)
 
 
 @dataclass(frozen=True)
@@ -105,8 +115,8 @@ class DataSection:
             manifest = "data.train" if self.train else "data.eval"
             raise ConfigError(f"data.synthetic and {manifest} are both set: remove one of them")
         _above_zero("data", self, "fps")
-        _at_least("data", self, min_frames=1, min_pixels=1, threads=1, workers=0, prefetch=1)
-        _at_least("data", self, max_frames=max(2, self.min_frames))
+        _at_least("data", self, min_frames=2, min_pixels=1, threads=1, workers=0, prefetch=1)
+        _at_least("data", self, max_frames=self.min_frames)
         _at_least("data", self, max_pixels=self.min_pixels, total_pixels=self.min_pixels)
         rising = all(a < b for a, b in pairwise((0, *self.buckets)))
         _check(
@@ -154,7 +164,9 @@ class RewardSection:
     iou: float = 0.5
 
     def __post_init__(self) -> None:
-        _at_least("reward", self, format=0, choice=0, iou=0)
+        from rewards.weights import RewardWeights  # not above: see `cli`
+
+        _accepted_by(RewardWeights, "reward", self)
         weights = dataclasses.asdict(self)
         _check("reward", weights, any(weights.values()), "at least one weight above 0")
 

@@ -37,8 +37,9 @@ from jaxgrpo.update import (
 )
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.processor import Prompt, Size
-from rewards.dual import RewardWeights, Truth, dual_reward
+from rewards.dual import Truth, dual_reward
 from rewards.parse import Answers
+from rewards.weights import RewardWeights
 
 
 class Scores(NamedTuple):

@@ -8,7 +8,6 @@ P prompts, G completions per prompt, M ground-truth spans.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,26 +20,7 @@ from rewards.choice import choice_reward
 from rewards.format import format_reward
 from rewards.parse import Answers, RewardError
 from rewards.temporal import temporal_iou
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardWeights:
-    """What each component adds to the total at its best, 0 to 1e6.
-
-    The default scores tvg as the paper does, 0.5 IoU + 0.5 format, and gives the choice the same.
-    Hashable: a static argument under `jax.jit`.
-    """
-
-    format: float = 0.5
-    choice: float = 0.5
-    iou: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name, weight in dataclasses.asdict(self).items():
-            if not 0 <= weight <= 1e6:  # NaN fails too; the total stays finite in float32
-                raise RewardError(
-                    f"reward weight {name!r}: expected a number from 0 to 1e6, found {weight}."
-                )
+from rewards.weights import RewardWeights
 
 
 class Truth(NamedTuple):

@@ -12,8 +12,9 @@ import pytest
 
 from data.prompts import PromptError, best_single_span, question_text, target_text
 from data.records import TASKS, Record
-from rewards.dual import RewardWeights, dual_reward, truth_arrays
+from rewards.dual import dual_reward, truth_arrays
 from rewards.parse import parse, parse_batch
+from rewards.weights import RewardWeights
 
 Spans = tuple[tuple[float, float], ...]
 

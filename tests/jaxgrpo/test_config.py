@@ -48,6 +48,9 @@ def test_the_defaults_are_those_of_the_papers_script() -> None:
         ("data.buckets=[2048, 1024]", "data.buckets is [2048, 1024], expected numbers of prompt"),
         ("data.buckets=[]", "data.buckets is [], expected"),
         ("data.buckets=[0, 8]", "data.buckets is [0, 8], expected"),
+        ("reward.iou=2e6", "reward: weight 'iou': expected a number from 0 to 1e6, found 2000000"),
+        ("reward.choice=-1", "reward: weight 'choice': expected a number from 0 to 1e6, found -1"),
+        ("data.min_frames=1", "data.min_frames is 1, expected 2 or more"),
         ("data.max_frames=2", "data.max_frames is 2, expected 4 or more"),
         ("data.max_pixels=10", "data.max_pixels is 10, expected 3136 or more"),
         ("data.synthetic={}", "data.synthetic and data.train are both set"),
@@ -64,6 +67,12 @@ def test_a_value_that_cannot_be_run_is_refused_by_name(override: str, expected: 
     with pytest.raises(ConfigError) as caught:
         make(override)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["{eval_clips: 0}", "{seed: -1}", "{seconds: [2.0, 9.0]}"])
+def test_clips_that_cannot_be_made_are_refused_before_anything_is(section: str) -> None:
+    with pytest.raises(ConfigError, match="data.synthetic: "):
+        make("data.train=''", f"data.synthetic={section}")
 
 
 def test_a_file_and_overrides_make_one_config(tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+"""What each component of the dual reward weighs. Without JAX, so that a config is checked at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rewards.parse import RewardError
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardWeights:
+    """What each component adds to the total at its best, 0 to 1e6.
+
+    The default scores tvg as the paper does, 0.5 IoU + 0.5 format, and gives the choice the same.
+    Hashable: a static argument under `jax.jit`.
+    """
+
+    format: float = 0.5
+    choice: float = 0.5
+    iou: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, weight in dataclasses.asdict(self).items():
+            if not 0 <= weight <= 1e6:  # NaN fails too; the total stays finite in float32
+                raise RewardError(
+                    f"weight {name!r}: expected a number from 0 to 1e6, found {weight}."
+                )
