@@ -1,7 +1,7 @@
 """Checkpoints: what a run needs to go on as if it had never stopped, saved with Orbax.
 
 `run_dir/checkpoints/STEP/` holds three items:
-  state   a tree of jax arrays (weights, optimiser, step, random keys), bit for bit;
+  state   a tree of jax arrays (weights, optimiser, steps skipped in a row), bit for bit;
   data    JSON: the state of the data pipeline;
   config  JSON: the command and its configuration.
 
@@ -107,10 +107,6 @@ class Checkpoints:
         items = args.Composite(state=args.StandardRestore(abstract_state), data=args.JsonRestore())
         found = self._manager.restore(step, args=items)
         return step, found["state"], found["data"]
-
-    def wait(self) -> None:
-        """Waits until what was saved is on disk; a failed write is raised here."""
-        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last write and ends."""

@@ -173,7 +173,11 @@ class RewardSection:
 
 @dataclass(frozen=True)
 class GrpoSection:
-    """The loss (arXiv 2402.03300; clip-higher: DAPO, arXiv 2503.14476; Dr.GRPO: 2503.20783)."""
+    """The loss (arXiv 2402.03300; clip-higher: DAPO, arXiv 2503.14476; Dr.GRPO: 2503.20783).
+
+    `train` makes one update per rollout, where the ratio is exactly 1 and nothing is clipped: the
+    clip keys will matter once there are several.
+    """
 
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2

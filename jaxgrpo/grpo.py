@@ -100,7 +100,8 @@ def grpo_loss(
 
     Returns:
       The weighted sum f32[], to be divided by the count of `token_weights` once, and sums over the
-      tokens (to be divided by their number): "kl", "entropy", "clip_low", "clip_high", "ratio".
+      tokens (to be divided by their number): "entropy"; with ref_logp "kl"; with old_logp
+      "clip_low", "clip_high" and "ratio", which without it are 0, 0 and 1.
     """
     weights, mask = inputs.weights, inputs.mask
     old_logp = jax.lax.stop_gradient(logp) if inputs.old_logp is None else inputs.old_logp
@@ -109,12 +110,13 @@ def grpo_loss(
     advantage = inputs.advantages[..., None]
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     loss = -jnp.minimum(ratio * advantage, clipped * advantage)
-    sums = {
-        "ratio": jnp.sum(mask * ratio),
-        "entropy": jnp.sum(mask * entropy),
-        "clip_low": jnp.sum(mask * ((ratio < 1.0 - config.clip_low) & (advantage < 0))),
-        "clip_high": jnp.sum(mask * ((ratio > 1.0 + config.clip_high) & (advantage > 0))),
-    }
+    sums = {"entropy": jnp.sum(mask * entropy)}
+    if inputs.old_logp is not None:
+        sums |= {
+            "ratio": jnp.sum(mask * ratio),
+            "clip_low": jnp.sum(mask * ((ratio < 1.0 - config.clip_low) & (advantage < 0))),
+            "clip_high": jnp.sum(mask * ((ratio > 1.0 + config.clip_high) & (advantage > 0))),
+        }
     if inputs.ref_logp is not None:
         log_ratio = jnp.where(mask > 0, inputs.ref_logp - logp, 0.0)
         k3 = jnp.exp(log_ratio) - log_ratio - 1.0

@@ -23,7 +23,6 @@ from models.qwen2_5_vl.processor import Prompt
 class TrainState(NamedTuple):
     """What an update changes. Frozen weights are kept apart from `params`."""
 
-    step: Array  # int32[]: training steps taken, skipped ones included
     params: Params  # the trained weights, float32
     opt_state: optax.OptState
     skipped: Array  # int32[]: non-finite steps in a row
@@ -88,8 +87,8 @@ def grpo_gradients(
     the sums are divided by the whole batch's count once, so the result is that of one batch.
 
     Returns:
-      gradients (float32, in the nesting of `params`) and scalars: loss, kl, entropy, clip_low,
-      clip_high, ratio, and the sampler gap (mean |trainer - sampler| log-probability).
+      gradients (float32, in the nesting of `params`) and scalars: loss, those of `grpo_loss`, and
+      the sampler gap (mean |trainer - sampler| log-probability).
     """
     mask = completion_mask(batch.lengths, batch.completions.shape[2])
     weights, count = token_weights(mask, config.aggregation)
@@ -185,7 +184,7 @@ def apply_gradients(
     """
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
+    scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6))
     gradients = jax.tree.map(lambda g: g * scale, gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     stepped = (optax.apply_updates(state.params, updates), opt_state)
@@ -194,10 +193,9 @@ def apply_gradients(
     )
     skipped = jnp.where(finite, 0, state.skipped + 1)
     metrics = {"grad_norm": norm, "skipped_in_a_row": skipped}
-    return TrainState(state.step + 1, params, opt_state, skipped), metrics
+    return TrainState(params, opt_state, skipped), metrics
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), zero)
+    return TrainState(params, optimizer.init(params), skipped=jnp.zeros((), jnp.int32))

@@ -230,6 +230,10 @@ def test_on_policy_the_gradient_is_that_of_plain_policy_gradients() -> None:
     assert one_token(-2.3, None, None, -0.7, PLAIN) == pytest.approx((0.7, 0.7))
 
 
+def test_on_policy_there_is_no_ratio_to_report() -> None:
+    assert our_loss(random_inputs(2), PLAIN, on_policy=True)[1].keys() == {"entropy"}
+
+
 @pytest.mark.parametrize("log_ratio", [-1.0, -0.1, 0.0, 0.1, 1.0])
 def test_k3_is_positive_and_pulls_towards_the_reference(log_ratio: float) -> None:
     config = GrpoSection(kl=1.0, entropy=0.0)

@@ -192,7 +192,7 @@ def test_features_leave_the_rollout_when_the_tower_is_frozen(run: Run) -> None:
 
 
 def test_the_first_step_is_on_policy_and_the_next_leaves_the_reference(run: Run) -> None:
-    """Ratio 1, no clipping, no KL and no gap to the sampler at first; then a KL."""
+    """No ratio to clip, no KL and no gap to the sampler at first; then a KL."""
     state, sampler = run.start()
     kls = []
     for step in range(2):
@@ -200,14 +200,12 @@ def test_the_first_step_is_on_policy_and_the_next_leaves_the_reference(run: Run)
         batch = run.batch(rollout, features, ADVANTAGES)
         state, metrics = run.programs.update(state, run.frozen, batch)
         sampler = run.publish(state)
-        assert float(metrics["ratio"]) == 1.0
-        assert float(metrics["clip_low"]) == float(metrics["clip_high"]) == 0.0
+        assert not metrics.keys() & {"ratio", "clip_low", "clip_high"}
         assert float(metrics["sampler_gap"]) < 1e-5
         assert int(metrics["skipped_in_a_row"]) == 0 and float(metrics["grad_norm"]) > 0
         kls.append(float(metrics["kl"]))
     assert kls[0] == pytest.approx(0.0, abs=1e-9)
     assert kls[1] > 1e-4
-    assert int(state.step) == 2
 
 
 def test_updates_donate_their_state_but_leave_reference_and_frozen_weights(run: Run) -> None:
@@ -254,7 +252,6 @@ def test_a_non_finite_step_is_skipped_in_the_compiled_update_too(run: Run) -> No
     good = run.batch(rollout, features, ADVANTAGES)
     state, metrics = run.programs.update(state, run.frozen, good)
     assert int(metrics["skipped_in_a_row"]) == 0 and int(state.skipped) == 0
-    assert int(state.step) == 2
 
 
 def test_a_second_step_compiles_nothing(run: Run) -> None:

@@ -30,7 +30,7 @@ def config_of(place: Workplace, run_dir: Path, *overrides: str) -> Config:
 
 def state(value: float) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, {"w": jnp.full(3, value)}, (zero,), zero)
+    return TrainState({"w": jnp.full(3, value)}, (zero,), zero)
 
 
 def test_a_new_run_starts_from_the_state_it_is_given(place: Workplace, tmp_path: Path) -> None:

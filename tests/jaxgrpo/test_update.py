@@ -397,14 +397,13 @@ def test_a_non_finite_step_changes_no_bit(bad_gradient: float, bad_loss: float) 
     good = random_tree(1, 1.0)
     apply = jax.jit(lambda s, g, loss: apply_gradients(s, g, loss, optimizer, OPTIM.clip_norm))
     state, metrics = apply(state, good, jnp.float32(0.1))
-    assert (int(state.step), int(state.skipped), int(metrics["skipped_in_a_row"])) == (1, 0, 0)
+    assert (int(state.skipped), int(metrics["skipped_in_a_row"])) == (0, 0)
 
     bad = good | {"norm": good["norm"].at[2].set(bad_gradient)}
     after = state
     for count in (1, 2):
         after, metrics = apply(after, bad, jnp.float32(bad_loss))
-        assert (int(after.step), int(after.skipped)) == (1 + count, count)
-        assert int(metrics["skipped_in_a_row"]) == count
+        assert int(after.skipped) == int(metrics["skipped_in_a_row"]) == count
     for before, now in zip(
         jax.tree.leaves((state.params, state.opt_state)),
         jax.tree.leaves((after.params, after.opt_state)),
