@@ -17,13 +17,17 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from jaxgrpo.load import restore_params
 from jaxgrpo.run_dir import is_run
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.weights import Tensor, model_tensors, read_index, save
+from models.qwen2_5_vl.weights import (
+    TensorFiles,
+    model_tensors,
+    read_index,
+    save,
+    write_shards,
+)
 
 ExportDtype = Literal["source", "bfloat16", "float32"]
 
@@ -123,33 +127,21 @@ def export_model(source: str | Path, out: str | Path, dtype: ExportDtype = "sour
     source = Path(source)
     config = ModelConfig.load(source)
     tensors = model_tensors(source, config)
-    cast_to = None if dtype == "source" else _DTYPES[dtype]
+    dtype_of = _dtype_of(source, dtype)
     sources = sorted({tensor.file for tensor in tensors.values()})
-    weight_map: dict[str, str] = {}
-    total = 0
-    with _new_directory(Path(out)) as directory:
-        for number, file in enumerate(sources, 1):
-            name = "model.safetensors"
-            if len(sources) > 1:
-                name = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
-            arrays = {k: _read(t, cast_to) for k, t in tensors.items() if t.file == file}
-            save_file(arrays, directory / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(arrays, name)
-            total += sum(array.nbytes for array in arrays.values())
-        if len(sources) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(directory / "model.safetensors.index.json", index)
+    with _new_directory(Path(out)) as directory, TensorFiles() as files:
+
+        def shard(file: Path) -> Iterator[tuple[str, np.ndarray]]:
+            for name, tensor in tensors.items():
+                if tensor.file == file:
+                    yield name, files.read(tensor).astype(dtype_of(name), copy=False)
+
+        write_shards(directory, [shard(file) for file in sources])
         _copy_other_files(source, directory, dtype)
     return _files(Path(out))
 
 
 # ---- weights ----
-
-
-def _read(tensor: Tensor, cast_to: np.dtype | None = None) -> np.ndarray:
-    with safe_open(tensor.file, framework="numpy") as handle:
-        array = handle.get_tensor(tensor.name)
-    return array if cast_to is None else array.astype(cast_to, copy=False)
 
 
 def _dtype_of(base_directory: Path, dtype: ExportDtype) -> Callable[[str], np.dtype]:

@@ -1,4 +1,4 @@
-"""How a weight is declared, once, with its shape, logical axes and initialiser; and multiplied.
+"""How a weight is declared, once, with its shape, logical axes and initialiser.
 
 The logical axes travel with the parameter as metadata; `jaxgrpo/sharding.py` turns them into mesh
 axes, so no sharding is written down twice.
@@ -12,7 +12,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 
 
 def parameter(
@@ -41,21 +40,6 @@ def parameter(
     return nnx.Param(value, axes=axes)
 
 
-def project(x: Array, weight: nnx.Param, axes: int = 1) -> Array:
-    """[..., *inputs] times a weight [*inputs, *outputs] -> [..., *outputs].
-
-    All tokens become the rows of one plain matrix product: left as batch axes, XLA transposes them
-    for the weight's gradient, which on CPUs costs as much again as the product.
-
-    Args:
-      axes: how many axes `inputs` stands for.
-    """
-    inputs, outputs = weight.shape[:axes], weight.shape[axes:]
-    rows = x.reshape(-1, math.prod(inputs))
-    product = rows @ weight[...].reshape(math.prod(inputs), math.prod(outputs))
-    return product.reshape(*x.shape[: x.ndim - axes], *outputs)
-
-
 def logical_axes(model: nnx.Module) -> dict[str, Any]:
     """The logical axes of every weight, in the nesting of `nnx.to_pure_dict(nnx.state(model))`."""
     state = nnx.state(model, nnx.Param)
@@ -66,8 +50,3 @@ def logical_axes(model: nnx.Module) -> dict[str, Any]:
             is_leaf=lambda node: isinstance(node, nnx.Variable),
         )
     )
-
-
-def parameter_count(params: Any) -> int:
-    """The number of scalars in a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -27,6 +27,8 @@ from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.positions import (
     FrameLayout,
     Grid,
+    Int32,
+    UInt8,
     VisionSpan,
     fill_patches,
     frame_layout,
@@ -34,9 +36,7 @@ from models.qwen2_5_vl.positions import (
     mrope_positions,
 )
 
-Int32 = NDArray[np.int32]
-UInt8 = NDArray[np.uint8]
-Tensor: TypeAlias = Any
+Array: TypeAlias = Any
 
 MAX_ASPECT_RATIO = 200
 END_OF_TURN = "<|im_end|>"
@@ -102,14 +102,14 @@ class Prompt(NamedTuple):
     Indices (vision_index, window_index, frame_index) count within the prompt, also in a batch.
     """
 
-    tokens: Tensor  # i32[S]
-    positions: Tensor  # i32[S, 3] M-RoPE (t, h, w); padding 0
-    vision_index: Tensor  # i32[S] the merged unit (window order) that is embedded here, -1 = text
-    length: Tensor  # i32[] valid tokens
-    patches: Tensor  # u8[N, 3 * 2 * 14 * 14] raw pixels (channel, frame, row, column), window order
-    patch_hw: Tensor  # i32[N, 2] row and column of the patch in its frame
-    window_index: Tensor  # i32[W, K] patches of each window, -1 = padding
-    frame_index: Tensor  # i32[T, Q] patches of each frame, -1 = padding
+    tokens: Array  # i32[S]
+    positions: Array  # i32[S, 3] M-RoPE (t, h, w); padding 0
+    vision_index: Array  # i32[S] the merged unit (window order) that is embedded here, -1 = text
+    length: Array  # i32[] valid tokens
+    patches: Array  # u8[N, 3 * 2 * 14 * 14] raw pixels (channel, frame, row, column), window order
+    patch_hw: Array  # i32[N, 2] row and column of the patch in its frame
+    window_index: Array  # i32[W, K] patches of each window, -1 = padding
+    frame_index: Array  # i32[T, Q] patches of each frame, -1 = padding
 
     @property
     def size(self) -> Size:

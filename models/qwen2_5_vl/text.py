@@ -21,9 +21,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from models.parameter import parameter, project
+from models.layers import project, rms_norm, rotate_half
+from models.parameter import parameter
 from models.qwen2_5_vl.config import TextConfig
-from models.qwen2_5_vl.vision import rms_norm, rotate_half
 
 # (q [*B, T, N, H], k [*B, T, K, H], v, this layer's slice of `per_layer`, carry)
 #   -> (attended [*B, T, N, H], carry, what to stack over the layers)

@@ -21,7 +21,8 @@ from flax import nnx
 from jax import Array
 
 from models.attention import attend
-from models.parameter import parameter, project
+from models.layers import project, rms_norm, rotate_half
+from models.parameter import parameter
 from models.qwen2_5_vl.config import VisionConfig
 
 _NORM_EPS = 1e-6  # hard-coded in the original
@@ -29,19 +30,6 @@ _ROPE_THETA = 10_000.0
 # CLIP's pixel statistics, per RGB channel, on the 0..255 scale.
 PIXEL_MEAN = 255 * np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 PIXEL_STD = 255 * np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-
-
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Root-mean-square norm in float32, cast down before the weight, as the original does."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return weight * wide.astype(x.dtype)
-
-
-def rotate_half(x: Array) -> Array:
-    """(a, b) -> (-b, a) on the two halves of the last axis."""
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([-b, a], axis=-1)
 
 
 @jax.custom_vjp

@@ -7,10 +7,11 @@ stands for the layer: those tensors are stacked along a leading layer axis.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -99,6 +100,7 @@ _VISION = [
 ]
 TABLE: tuple[Row, ...] = tuple(_TEXT + _VISION)
 
+_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 1000**3  # as transformers writes them
 _NUMPY_DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -150,7 +152,7 @@ def read_index(directory: str | Path) -> dict[str, Tensor]:
       WeightError: two tensors have the same name, or one has a type that is not a float's.
     """
     directory = Path(directory)
-    index_file = directory / "model.safetensors.index.json"
+    index_file = directory / _INDEX
     if index_file.is_file():
         try:
             named = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
@@ -223,10 +225,10 @@ def load(
     tensors = model_tensors(directory, config)
     _, shapes = abstract_model(config)
     params: dict[Path_, jax.Array] = {}
-    with _Handles() as handles:
+    with TensorFiles() as files:
         for weight in _placed(config, flatten_dict(shapes)):
             arrays = [
-                rearrange(handles.read(tensors[name]), weight.row.pattern, **weight.sizes)
+                rearrange(files.read(tensors[name]), weight.row.pattern, **weight.sizes)
                 for name in weight.names
             ]
             array = np.stack(arrays) if weight.row.stacked else arrays[0]
@@ -302,11 +304,11 @@ def _placed(config: ModelConfig, shapes: Mapping[Path_, Any]) -> Iterator[_Place
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
-    with _Handles() as handles:
-        return b is not None and np.array_equal(handles.read(a), handles.read(b))
+    with TensorFiles() as files:
+        return b is not None and np.array_equal(files.read(a), files.read(b))
 
 
-class _Handles:
+class TensorFiles:
     """Open safetensors files, each opened once."""
 
     def __enter__(self) -> Self:
@@ -317,6 +319,7 @@ class _Handles:
         self._open.clear()
 
     def read(self, tensor: Tensor) -> np.ndarray:
+        """The values of a tensor."""
         if tensor.file not in self._open:
             self._open[tensor.file] = safe_open(tensor.file, framework="numpy")
         return self._open[tensor.file].get_tensor(tensor.name)
@@ -356,41 +359,52 @@ def save(
     Returns:
       The files written.
     """
-    directory = Path(directory)
-    shards: list[list[str]] = [[]]
-    filled = total = 0
+    counts = [0]  # of the tensors in each shard
+    filled = 0
     for weight in _placed(config, flatten_dict(params)):
         for name in weight.names:
             size = math.prod(weight.released_shape) * dtype_of(name).itemsize
             if filled and filled + size > shard_bytes:
-                shards.append([])
+                counts.append(0)
                 filled = 0
-            shards[-1].append(name)
+            counts[-1] += 1
             filled += size
-            total += size
-    count = len(shards)
-    single = count == 1
-    files = [
-        "model.safetensors" if single else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        for i in range(count)
-    ]
-    pending: dict[str, np.ndarray] = {}
-    number = 0
-    for name, array in released_tensors(params, config):
-        pending[name] = np.ascontiguousarray(array.astype(dtype_of(name)))
-        if len(pending) == len(shards[number]):
-            save_file(pending, directory / files[number], metadata={"format": "pt"})
-            pending, number = {}, number + 1
-    written = [directory / file for file in files]
-    if not single:
-        weight_map = {
-            name: file for file, names in zip(files, shards, strict=True) for name in names
-        }
-        index = directory / "model.safetensors.index.json"
-        index.write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-            + "\n",
-            encoding="utf-8",
+    tensors = (
+        (name, array.astype(dtype_of(name))) for name, array in released_tensors(params, config)
+    )
+    return write_shards(directory, [itertools.islice(tensors, count) for count in counts])
+
+
+def write_shards(
+    directory: str | Path, shards: Sequence[Iterable[tuple[str, np.ndarray]]]
+) -> list[Path]:
+    """Writes one file, or several and their index, under the names that transformers looks for.
+
+    Args:
+      directory: must exist.
+      shards: the (name, tensor) of each file; taken in order, so that one file's are in memory.
+
+    Returns:
+      The files written.
+    """
+    directory = Path(directory)
+    written: list[Path] = []
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = (
+            "model.safetensors"
+            if single
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
-        written.append(index)
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in shard}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        written.append(directory / file)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        written.append(directory / _INDEX)
+        written[-1].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return written

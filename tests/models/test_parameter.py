@@ -1,14 +1,14 @@
-"""Weights are declared once and multiplied as plain matrix products."""
+"""Weights are declared once."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from models.parameter import logical_axes, parameter, parameter_count, project
+from models.layers import project
+from models.parameter import logical_axes, parameter
 
 
 class Layer(nnx.Module):
@@ -47,43 +47,3 @@ def test_the_axes_have_the_nesting_of_the_weights() -> None:
 def test_axes_are_known_without_allocating() -> None:
     abstract = nnx.eval_shape(lambda: Layer(nnx.Rngs(0)))
     assert logical_axes(abstract)["weight"] == ("layers", "embed", "mlp")
-
-
-def test_scalars_are_counted_in_arrays_and_in_shapes() -> None:
-    layer = Layer(nnx.Rngs(0))
-    abstract = nnx.eval_shape(lambda: Layer(nnx.Rngs(0)))
-    assert parameter_count(nnx.to_pure_dict(nnx.state(layer))) == 3 * 4 * 5 + 5
-    assert parameter_count(nnx.to_pure_dict(nnx.state(abstract))) == 3 * 4 * 5 + 5
-
-
-@pytest.mark.parametrize(
-    ("x", "weight", "axes", "einsum"),
-    [
-        ((2, 3, 4), (4, 5), 1, "abi,io->abo"),
-        ((4,), (4, 5), 1, "i,io->o"),
-        ((2, 3, 4), (4, 5, 6), 1, "abi,iop->abop"),
-        ((2, 4, 5), (4, 5, 6), 2, "aij,ijo->ao"),
-        ((2, 0, 4), (4, 5), 1, "abi,io->abo"),
-    ],
-    ids=["matrix", "one row", "split outputs", "split inputs", "no rows"],
-)
-def test_project_is_the_einsum_in_value_and_gradient(
-    x: tuple[int, ...], weight: tuple[int, ...], axes: int, einsum: str
-) -> None:
-    rng = np.random.default_rng(0)
-    inputs, matrix = rng.standard_normal(x), rng.standard_normal(weight)
-    cotangent = rng.standard_normal(np.einsum(einsum, inputs, matrix).shape)
-
-    def of_project(inputs, matrix):
-        return project(inputs, nnx.Param(matrix), axes)
-
-    def of_einsum(inputs, matrix):
-        return jnp.einsum(einsum, inputs, matrix)
-
-    arrays = [jnp.asarray(a, jnp.float32) for a in (inputs, matrix)]
-    ours, pullback = jax.vjp(of_project, *arrays)
-    expected, expected_pullback = jax.vjp(of_einsum, *arrays)
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
-    cotangent = jnp.asarray(cotangent, jnp.float32)
-    for got, want in zip(pullback(cotangent), expected_pullback(cotangent), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)

@@ -1,0 +1,38 @@
+"""What the layers of the vision tower and of the decoder have in common."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+def project(x: Array, weight: nnx.Param, axes: int = 1) -> Array:
+    """[..., *inputs] times a weight [*inputs, *outputs] -> [..., *outputs].
+
+    All tokens become the rows of one plain matrix product: left as batch axes, XLA transposes them
+    for the weight's gradient, which on CPUs costs as much again as the product.
+
+    Args:
+      axes: how many axes `inputs` stands for.
+    """
+    inputs, outputs = weight.shape[:axes], weight.shape[axes:]
+    rows = x.reshape(-1, math.prod(inputs))
+    product = rows @ weight[...].reshape(math.prod(inputs), math.prod(outputs))
+    return product.reshape(*x.shape[: x.ndim - axes], *outputs)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Root-mean-square norm in float32, cast down before the weight, as the original does."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return weight * wide.astype(x.dtype)
+
+
+def rotate_half(x: Array) -> Array:
+    """(a, b) -> (-b, a) on the two halves of the last axis."""
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([-b, a], axis=-1)
