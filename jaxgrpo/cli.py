@@ -20,6 +20,13 @@ from typing import Any, Literal
 import jaxgrpo
 from jaxgrpo import config, strict_yaml
 
+_GOES_ON = "the same command goes on from the last checkpoint, if there is one yet"
+_AFTER_INTERRUPTION = {
+    "sft": _GOES_ON,
+    "train": _GOES_ON,
+    "eval": "no scores were written",
+    "export": "nothing was exported",
+}
 _PACKAGES = ("jaxgrpo", "models", "rewards", "data")
 
 
@@ -39,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_packages()
         _run(options)
     except KeyboardInterrupt:
-        print("\ninterrupted; training goes on from its last checkpoint", file=sys.stderr)
+        print(f"\ninterrupted; {_AFTER_INTERRUPTION[options.command]}", file=sys.stderr)
         return 130
     except Exception as error:
         message = user_mistake(error)

@@ -88,8 +88,8 @@ class SyntheticSection:
 class DataSection:
     """Which questions about which videos, and what of a video the model sees."""
 
-    train: str = ""  # JSONL manifest; empty: none
-    eval: str = ""  # JSONL manifest; empty: none
+    train: str = ""  # JSONL manifest; `eval` needs none
+    eval: str = ""  # JSONL manifest; all of `train`, `sft` and `eval` evaluate
     root: str = field(
         default=".", metadata=_RESUMABLE
     )  # folder that the manifests' video paths start from
@@ -316,7 +316,8 @@ class Config:
         _check("seed", self.seed, 0 <= self.seed < 2**31, "a number from 0 to 2147483647")
         if self.data.synthetic is None and not (self.data.train or self.data.eval):
             raise ConfigError(
-                "no data: set data.train (and data.eval) to a JSONL manifest, or data.synthetic"
+                "no data: set data.train and data.eval to JSONL manifests (`eval` needs only the "
+                "second), or set data.synthetic"
             )
         _check(
             "optim.accumulate",

@@ -135,15 +135,31 @@ def test_the_traceback_of_a_mistake_is_shown_on_demand(monkeypatch: pytest.Monke
         cli.main(["train", "nowhere.yaml"])
 
 
-def test_ctrl_c_is_no_error_message(
-    config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("command", "module", "told"),
+    [
+        ("train", "train", "the same command goes on"),
+        ("sft", "sft", "the same command goes on"),
+        ("eval", "evaluate", "no scores were written"),
+        ("export", "export", "nothing was exported"),
+    ],
+)
+def test_ctrl_c_says_what_is_left(
+    command: str,
+    module: str,
+    told: str,
+    config_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def main(config: Config) -> None:
+    def main(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    stand_in(monkeypatch, "train", main)
-    assert cli.main(["train", config_file]) == 130
-    assert "last checkpoint" in capsys.readouterr().err
+    stand_in(monkeypatch, module, main)
+    out = [str(tmp_path / "out")] if command == "export" else []
+    assert cli.main([command, config_file, *out]) == 130
+    assert capsys.readouterr().err.startswith(f"\ninterrupted; {told}")
 
 
 def run_python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
