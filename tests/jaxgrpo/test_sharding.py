@@ -163,8 +163,8 @@ def test_a_step_on_eight_devices_equals_one_device(
         assert ours.metrics[metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
     for tree, expected in ((ours.gradients, alone.gradients), (ours.moved, alone.moved)):
         differences = tree_differences(tree, expected)
-        # Sums in another order; the same gradients differ by 2e-5 between JAX and PyTorch.
-        assert max(differences.values()) <= 2e-5, max(differences.items(), key=lambda x: x[1])
+        # Sums in another order: at most 7e-6 was measured.
+        assert max(differences.values()) <= 1e-5, max(differences.items(), key=lambda x: x[1])
 
 
 def test_the_step_on_one_device_is_worth_comparing(alone: StepResult) -> None:
