@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from data.probe import Probe, probe
 from data.video import FrameSampling, VideoError, decode, frame_count
 from tests.data import clips
+from tests.oracle.hf_processing import frame_indices
 
 # Encoders differ by release, and so may the last bit of colour conversion; the next frame differs
 # by 37 in red alone.
@@ -30,22 +30,6 @@ def kind_of(path: Path, **options: object) -> str:
     return caught.value.kind
 
 
-def qwen_indices(
-    frames: int, fps: float, sampling: FrameSampling, clip: tuple[float, float] | None
-) -> torch.Tensor:
-    """qwen_vl_utils' rule, restated from its documentation: window, count, linspace."""
-    start, end = 0, frames - 1
-    if clip is not None:
-        longest = frames / fps
-        start = math.ceil(max(0.0, min(clip[0], longest)) * fps)
-        end = min(math.floor(max(0.0, min(clip[1], longest)) * fps), frames - 1)
-    total = end - start + 1
-    least = math.ceil(sampling.min_frames / 2) * 2
-    most = math.floor(min(sampling.max_frames, total) / 2) * 2
-    count = min(min(max(total / fps * sampling.fps, least), most), total)
-    return torch.linspace(start, end, math.floor(count / 2) * 2).round().long()
-
-
 @pytest.mark.parametrize("frames", [2, 3, 5, 49, 50, 251, 750, 9000, 100_000])
 @pytest.mark.parametrize("fps", [1.0, 10.0, 24000 / 1001, 25.0, 59.94])
 @pytest.mark.parametrize(
@@ -56,10 +40,12 @@ def test_the_number_of_frames_is_that_of_qwen_vl_utils(
     frames: int, fps: float, sampling: FrameSampling
 ) -> None:
     claims = Probe(frames, fps, 64, 48, frames / fps)
-    assert frame_count(claims, sampling) == len(qwen_indices(frames, fps, sampling, None))
+    assert frame_count(claims, sampling) == len(frame_indices(frames, fps, sampling, None))
     clip = (0.25 * frames / fps, 0.75 * frames / fps)
     if frames > 5:
-        assert frame_count(claims, sampling, clip) == len(qwen_indices(frames, fps, sampling, clip))
+        assert frame_count(claims, sampling, clip) == len(
+            frame_indices(frames, fps, sampling, clip)
+        )
 
 
 @pytest.mark.parametrize("clip", [None, (0.0, 2.0), (0.5, 3.3), (1.02, 1.5), (2.0, 4.0)])
@@ -74,7 +60,7 @@ def test_frames_and_times_are_those_of_pyav_at_qwen_vl_utils_indices(
     else:
         clips.write_clip(path, 100)
     pixels, times = clips.decode_all(path)
-    indices = qwen_indices(100, 25.0, sampling, clip).numpy()
+    indices = frame_indices(100, 25.0, sampling, clip)
 
     found = decode(path, sampling, clip)
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxgrpo.metrics import (
     CompileCounter,
@@ -136,6 +141,36 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     assert np.float32(0.25).tobytes() in content
 
 
+def events(file: Path) -> Iterator[Any]:
+    """The events of a TensorBoard file: records of length, checksum, event, checksum."""
+    content, at = file.read_bytes(), 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        yield Event.FromString(content[at + 12 : at + 12 + length])
+        at += length + 16
+
+
+def shown_by_tensorboard(folder: Path) -> list[tuple[str, int]]:
+    """(tag, step) of all points; the start of a session at a step hides those from that step on."""
+    points: list[tuple[str, int]] = []
+    for event in (event for file in sorted(folder.iterdir()) for event in events(file)):
+        if event.session_log.status == SessionLog.START:
+            points = [(tag, step) for tag, step in points if step < event.step]
+        points += [(value.tag, event.step) for value in event.summary.value]
+    return points
+
+
+def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path: Path) -> None:
+    for resume, last in ((None, 5), (3, 6)):
+        with MetricsLog(tmp_path, resume) as log:
+            for step in range((resume or 0) + 1, last + 1):
+                log.write(step, "train", {"kl": 0.5})
+        time.sleep(1.1)  # the files are named by the second
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    shown = shown_by_tensorboard(tmp_path / "tensorboard")
+    assert shown == [("train/kl", step) for step in range(1, 7)]
+
+
 def test_the_bar_shows_reward_iou_kl_speed_and_time_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -149,6 +184,7 @@ def test_the_bar_shows_reward_iou_kl_speed_and_time_left(
     last = shown.split("\r")[-1]
     for part in ("GRPO", "5/10", "reward=0.5", "IoU=0.25", "KL=0.001", "tokens/s=1,234"):
         assert part in last
+    assert re.search(r"\[\d+:\d+<\d+:\d+, ", last)  # [time taken<time left, steps/s
 
 
 def test_the_bar_leaves_out_what_is_not_defined(capsys: pytest.CaptureFixture[str]) -> None:

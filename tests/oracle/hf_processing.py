@@ -6,6 +6,7 @@ What stands in for it here is as thin as possible, and says so where it stands.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -26,6 +27,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
+from data.video import FrameSampling
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.processor import Image, PixelLimits, Video
 
@@ -324,6 +326,19 @@ def qwen_vl_utils() -> ModuleType:
     stand_ins = {"torchvision": torchvision, "torchvision.transforms": torchvision.transforms}
     with mock.patch.dict(sys.modules, stand_ins):
         return importlib.import_module("qwen_vl_utils.vision_process")
+
+
+def frame_indices(
+    frames: int, fps: float, sampling: FrameSampling, clip: tuple[float, float] | None
+) -> np.ndarray:
+    """int[T]: the frames of a file that qwen_vl_utils takes, as its readers call its functions."""
+    module = qwen_vl_utils()
+    element = dataclasses.asdict(sampling)
+    if clip is not None:
+        element |= {"video_start": clip[0], "video_end": clip[1]}
+    start, end, total = module.calculate_video_frame_range(element, frames, fps)
+    count = module.smart_nframes(element, total, fps)
+    return torch.linspace(start, end, count).round().long().numpy()
 
 
 def _torch_resize(video: torch.Tensor, size: list[int], **_: Any) -> torch.Tensor:
