@@ -44,7 +44,7 @@ def model_directory(path: str | Path) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.md", "LICENSE*"]
     try:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except OSError as error:  # all that huggingface_hub raises: offline, unknown, gated

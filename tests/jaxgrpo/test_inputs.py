@@ -13,7 +13,7 @@ import pytest
 from data.prompts import target_text
 from data.records import Record, read_manifest, write_manifest
 from jaxgrpo import cli
-from jaxgrpo.config import Config
+from jaxgrpo.config import Config, DataSection
 from jaxgrpo.inputs import (
     InputError,
     Inputs,
@@ -22,12 +22,17 @@ from jaxgrpo.inputs import (
     TargetCollator,
     TargetLoader,
     describe,
+    frame_sampling,
+    messages,
+    pixel_limits,
     prepare,
 )
 from jaxgrpo.load import open_processor
-from models.qwen2_5_vl.processor import Processor
+from models.qwen2_5_vl.processor import Processor, Video
+from tests.data import clips
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import Workplace
+from tests.oracle import hf_processing as hf
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +183,41 @@ def test_synthetic_clips_are_made_where_they_are_asked_for(
 
 
 # ---- what is loaded ----
+
+
+@pytest.mark.parametrize("clip", [None, (0.5, 3.3)])
+def test_from_file_to_prompt_it_is_what_pyav_qwen_vl_utils_and_transformers_make(
+    tmp_path: Path, clip: tuple[float, float] | None
+) -> None:
+    path = clips.write_clip(tmp_path / "a.mp4", 100)
+    model = hf.write_model_directory(tmp_path / "model")
+    data = DataSection(train="unread.jsonl", root=str(tmp_path), fps=3.0, min_pixels=20 * 784)
+    span = ((0.5, 1.0),)
+    record = Record("a", "a.mp4", "tvg", "When does it open?", (), None, span, 4.0, clip)
+    processor = Processor.load(model, pixel_limits(data))
+    prompt = PromptLoader(processor, (record,), data)(0)
+
+    pixels, _ = clips.decode_all(path)
+    indices = hf.frame_indices(100, 25.0, frame_sampling(data), clip)
+    sampled_fps = len(indices) / (indices[-1] - indices[0] + 1) * 25.0
+    expected = hf.transformers_inputs(
+        model,
+        pixel_limits(data),
+        messages(record, data.thinking),
+        [Video(pixels[indices], 1 / sampled_fps)],
+    )
+    np.testing.assert_array_equal(prompt.tokens, expected["input_ids"][0])
+    [grid] = expected["video_grid_thw"].tolist()
+    assert grid[1:] == [8, 12] and len(indices) == 2 * grid[0]
+    frames = prompt.frame_index.shape
+    assert frames == (grid[0], grid[1] * grid[2])
+    np.testing.assert_array_equal(
+        prompt.positions, hf.released_positions(processor.config, expected)
+    )
+    raster = hf.raster_patches(processor.config, [grid], prompt.patches)
+    difference = np.abs(raster - hf.pixels(expected["pixel_values_videos"]))
+    # OpenCV and PyAV convert colours with other roundings: see tests/data/test_video.py.
+    assert difference.max() <= 3 and difference.mean() < 0.25
 
 
 @pytest.fixture(scope="module")

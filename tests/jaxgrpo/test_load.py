@@ -7,18 +7,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
+import torch
+from flax import nnx
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
 
+from data.prompts import target_text
+from data.records import read_manifest
 from jaxgrpo import cli
 from jaxgrpo.config import MeshSection
+from jaxgrpo.inputs import PromptLoader
 from jaxgrpo.load import load_params, model_directory, open_processor, restore_params, vocabulary_of
 from jaxgrpo.sharding import make_mesh, param_shardings
 from models.qwen2_5_vl.config import ModelConfig
+from models.qwen2_5_vl.model import abstract_model
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import TINY, Workplace
+from tests.oracle import hf_model
 
 WEIGHTS = "model.safetensors"
 NORM = "model.layers.2.input_layernorm.weight"
@@ -69,6 +79,34 @@ def test_an_exported_run_loads_back_bit_for_bit(place: Workplace, tmp_path: Path
         assert (out / name).read_bytes() == (TINY / name).read_bytes()
 
 
+def test_a_trained_run_is_the_same_model_in_transformers(place: Workplace, tmp_path: Path) -> None:
+    """The logits of a question about a real clip and of its answer."""
+    run_dir, out = tiny_run.reference(place), tmp_path / "out"
+    assert cli.main(["export", str(run_dir), str(out), "dtype=float32"]) == 0
+    theirs, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        out, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(found.values()), found
+
+    config = tiny_run.load_config(place)
+    processor = open_processor(config)
+    records = tuple(read_manifest(place.clips / "eval.jsonl", place.clips))
+    item = next(i for i, record in enumerate(records) if record.task == "gqa")
+    prompt = PromptLoader(processor, records, config.data)(item)
+    completion = processor.encode_completion(target_text(records[item], thinking=False))
+    grid = np.array([[len(prompt.frame_index), *(prompt.patch_hw.max(axis=0) + 1)]])
+    no_images = np.zeros((0, 3), np.int64)
+    with torch.no_grad():
+        expected = hf_model.logits(theirs.eval(), prompt, no_images, grid, completion).numpy()
+
+    params, _ = restore_params(run_dir)
+    model = nnx.merge(abstract_model(processor.config)[0], params)
+    batch = jax.tree.map(lambda x: x[None], prompt)
+    hidden = model.completion_hidden(batch, model.encode_vision(batch), completion[None, None])
+    ours = np.asarray(model.logits(hidden)[0, 0])
+    np.testing.assert_allclose(ours, expected[len(prompt.tokens) - 1 : -1], rtol=0, atol=1e-4)
+
+
 def test_a_run_that_has_no_checkpoint_yet(
     place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +125,41 @@ def test_what_may_be_emitted_is_text_and_the_end_of_turn(place: Workplace) -> No
     assert vocabulary.usable[processor.encode_completion("<answer>B</answer>")].all()
     assert not vocabulary.usable[len(tokenizer) :].any()
     assert vocabulary.stop == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+
+
+# ---- the hub ----
+
+
+def test_a_model_of_the_hub_is_downloaded_whole(
+    place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, tokenizer, and the licence and the model card, which `export` copies."""
+    hub = Path(shutil.copytree(tiny_run.random_model(place), tmp_path / "hub"))
+    kept, left = ["LICENSE", "README.md"], ["pytorch_model.bin", "model.gguf", "figure.png"]
+    for name in kept + left:
+        (hub / name).write_text(name)
+    cache = tmp_path / "cache"
+
+    def snapshot_download(repo_id: str, *, allow_patterns: list[str]) -> str:
+        assert repo_id == "someone/tiny"
+        names = [str(file.relative_to(hub)) for file in hub.rglob("*") if file.is_file()]
+        cache.mkdir(exist_ok=True)
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copyfile(hub / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    run = tiny_run.load_config(place, "model.path=someone/tiny", "model.init=checkpoint")
+    processor = open_processor(run)
+    assert processor.config == ModelConfig.load(hub)
+    params = load_params("someone/tiny", processor.config, shardings(processor.config, data=1))
+    expected = load_params(hub, processor.config, shardings(processor.config, data=1))
+    tiny_run.assert_same_bits(by_name(params), by_name(expected))
+
+    out = tmp_path / "out"
+    assert cli.main(["export", str(model_directory("someone/tiny")), str(out)]) == 0
+    assert {file.name for file in out.iterdir()} == {f.name for f in hub.iterdir()} - set(left)
+    assert (out / "LICENSE").read_text() == "LICENSE"
 
 
 # ---- mistakes ----
