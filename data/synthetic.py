@@ -245,8 +245,8 @@ def questions(drawn: Scene, name: str, video: str) -> list[Record]:
     )
     reasons = (
         f"{place} {_name(first_or_last)} {mcqa.answer}",
-        f"{_name(grounded)} {_times(grounded)}",
-        f"{_name(asked)} {_times(asked)}, {asked.color} {gqa.answer}",
+        f"{_name(grounded)}{_times(grounded)}",
+        f"{_name(asked)}{_times(asked)}, {asked.color} {gqa.answer}",
     )
     return [
         dataclasses.replace(record, rationale=_rationale(drawn, record, right))
@@ -265,12 +265,14 @@ def _options(rng: random.Random, drawn: Scene, color: str) -> tuple[tuple[str, .
 def _rationale(drawn: Scene, record: Record, right: str) -> str:
     """A little reasoning for the supervised cold start: what is seen, the options, what is right.
 
-    Small models learn soonest to copy what followed a word before. So the shape comes before the
-    colour, both before the times, and each option before its letter: from the question's words on,
-    every word of `right` is a copy.
+        Seen: first circle red0.5-7.0, last square blue8.0-10.5. Right: circle red0.5-7.0.
+
+    Small models learn soonest to copy the token that followed the last one before. So the shape
+    comes before the colour, the colour before the times, without a blank, which would be a token,
+    and each option before its letter: what is right is then a copy from its first word on.
     """
     seen = ", ".join(
-        f"{place} {_name(event)} {_times(event)}"
+        f"{place} {_name(event)}{_times(event)}"
         for place, event in zip(_PLACES[len(drawn.events)], drawn.events, strict=True)
     )
     options = ", ".join(f"{option} {letter}" for option, letter in zip(record.options, LETTERS))
@@ -283,7 +285,7 @@ def _name(event: Event) -> str:
 
 
 def _times(event: Event) -> str:
-    return f"{event.start:.1f} to {event.end:.1f}"
+    return f"{event.start:.1f}-{event.end:.1f}"
 
 
 def write_dataset(
