@@ -59,6 +59,7 @@ class SyntheticSpec:
       seed: the scenes of other seeds are other scenes.
       seconds: shortest and longest clip, multiples of 0.5.
       events: fewest and most events of a clip, at most 3 (the shapes of a clip differ).
+      late: seconds by which the labels of the training split may lag behind (`delayed`).
 
     Raises:
       SyntheticError: the events do not fit in the shortest clip, or a number is out of range.
@@ -69,6 +70,7 @@ class SyntheticSpec:
     seed: int = 0
     seconds: tuple[float, float] = (8.0, 16.0)
     events: tuple[int, int] = (2, 3)
+    late: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.train_clips, self.eval_clips) < 1 or self.seed < 0:
@@ -84,6 +86,8 @@ class SyntheticSpec:
             raise SyntheticError(
                 f"seconds is {self.seconds}, expected (shortest, longest) in multiples of {STEP}"
             )
+        if self.late < 0 or self.late % STEP:
+            raise SyntheticError(f"late is {self.late}, expected 0 or a multiple of {STEP}")
         needed = self.events[1] * (MIN_EVENT + MIN_GAP) - MIN_GAP
         if self.seconds[0] < needed:
             raise SyntheticError(
@@ -138,6 +142,25 @@ def scene(
         drawn.append(Event(start * STEP, (start + lengths[i]) * STEP, colors[i], shapes[i]))
         before += lengths[i]
     return Scene(seed, steps * STEP, tuple(drawn))
+
+
+def delayed(drawn: Scene, late: float) -> Scene:
+    """The scene as a hurried annotator notes it: each boundary 0 to `late` seconds after its time.
+
+    A key pressed on noticing something is pressed too late. Labels like these teach a model what
+    to look for and how to answer, but not when; that is left to the reward. Delays are uniform on
+    multiples of 0.5 s, among those that end with the clip and leave a span.
+    """
+    rng = random.Random(f"delays {drawn.seed}")
+    noted = []
+    for event in drawn.events:
+        start, end = 1.0, 0.0
+        while start >= end or end > drawn.duration:
+            start, end = (
+                time + STEP * rng.randint(0, int(late / STEP)) for time in (event.start, event.end)
+            )
+        noted.append(event._replace(start=start, end=end))
+    return drawn._replace(events=tuple(noted))
 
 
 def render(drawn: Scene) -> np.ndarray:
@@ -288,7 +311,8 @@ def write_dataset(
             for number in range(1, (spec.train_clips, spec.eval_clips)[index] + 1):
                 drawn = scene((spec.seed, index, number), spec.seconds, spec.events)
                 video = f"{split}/clip_{number:05d}.mp4"
-                records += questions(drawn, f"{split}-{number:05d}", video)
+                noted = delayed(drawn, spec.late) if split == "train" else drawn
+                records += questions(noted, f"{split}-{number:05d}", video)
                 if not (root / video).is_file():
                     scenes.append(drawn)
                     paths.append(root / video)

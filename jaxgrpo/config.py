@@ -75,6 +75,7 @@ class SyntheticSection:
     seed: int = 0  # of the clips; the run's own seed is `seed`
     seconds: tuple[float, ...] = (8.0, 16.0)  # shortest and longest clip
     events: tuple[int, ...] = (2, 3)  # fewest and most objects shown in a clip
+    late: float = 0.0  # seconds by which the training split's labels may lag behind, drawn
 
     def __post_init__(self) -> None:
         for name, pair in (("seconds", self.seconds), ("events", self.events)):

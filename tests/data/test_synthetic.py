@@ -28,6 +28,7 @@ from data.synthetic import (
     Scene,
     SyntheticError,
     SyntheticSpec,
+    delayed,
     questions,
     render,
     scene,
@@ -219,6 +220,49 @@ def test_the_ids_and_scenes_of_the_splits_are_disjoint() -> None:
     train = {scene((0, 0, number)) for number in range(300)}
     evaluation = {scene((0, 1, number)) for number in range(300)}
     assert not {drawn[1:] for drawn in train} & {drawn[1:] for drawn in evaluation}
+
+
+# Late labels
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.5, 1.0, 2.0]))
+def test_late_labels_lag_by_at_most_that(seed: int, late: float) -> None:
+    drawn = scene((seed,))
+    noted = delayed(drawn, late)
+    assert noted == delayed(drawn, late)
+    assert noted._replace(events=()) == drawn._replace(events=())
+    for true, told in zip(drawn.events, noted.events, strict=True):
+        assert (told.color, told.shape) == (true.color, true.shape)
+        assert 0 <= told.start - true.start <= late and 0 <= told.end - true.end <= late
+        assert told.start < told.end <= drawn.duration
+
+
+def test_delays_are_uniform() -> None:
+    delays = Counter(
+        delayed(drawn, 2.0).events[0].start - drawn.events[0].start
+        for drawn in (scene((number,), (16.0, 16.0), (1, 1)) for number in range(3000))
+        if drawn.events[0].end - drawn.events[0].start > 2.0 and drawn.events[0].end <= 14.0
+    )
+    assert sorted(delays) == [0.0, 0.5, 1.0, 1.5, 2.0]
+    expected = delays.total() / 5
+    assert max(abs(count - expected) for count in delays.values()) < 4.5 * expected**0.5
+
+
+def test_no_delay_is_the_scene_itself() -> None:
+    assert delayed(scene((3,)), 0.0) == scene((3,))
+
+
+def test_only_the_training_labels_are_late(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "exact", SPEC)
+    write_dataset(tmp_path / "late", dataclasses.replace(SPEC, late=2.0))
+    clips = [sorted(path.name for path in (tmp_path / x).rglob("*.mp4")) for x in ("exact", "late")]
+    assert clips[0] == clips[1]
+    for split, equal in (("train", False), ("eval", True)):
+        exact, late = (
+            read_manifest(tmp_path / x / f"{split}.jsonl", tmp_path / x) for x in ("exact", "late")
+        )
+        assert (exact == late) == equal
+        assert [r.question for r in exact] == [r.question for r in late]
 
 
 # Rationales

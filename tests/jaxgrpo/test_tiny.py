@@ -200,7 +200,8 @@ def test_any_text_comes_back_in_nfc() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", [f" {word}" for word in (*COLORS, *SHAPES, "first", "then", "last", "only", "yes", "no")]
+    "word",
+    [f" {word}" for word in (*COLORS, *SHAPES, "first", "then", "last", "only", "yes", "no")],
 )
 def test_a_word_of_the_questions_is_one_token(tokenizer: Any, word: str) -> None:
     assert len(tokenizer(word).input_ids) == 1
