@@ -32,6 +32,7 @@ from tokenizers import (
 from data.prompts import question_text, target_text
 from data.synthetic import questions, scene
 from jaxgrpo import config, export, sft
+from jaxgrpo.config import Config
 
 COLD_START = Path(__file__).parent.parent / "configs" / "cold_start.yaml"
 WEIGHTS = "model.safetensors"
@@ -279,32 +280,35 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def train_weights(directory: Path, scratch: Path) -> None:
-    """Trains the weights from nothing, in two stages, and puts them into the model directory.
+def stages(directory: Path, scratch: Path) -> tuple[Config, Config]:
+    """The two runs of the cold start: from nothing on short clips with one event, then on two.
 
-    Short clips with one event first: there a few hundred steps teach to see and to tell the time,
-    of which clips with several events teach nothing for thousands.
+    One event first: there a few hundred steps teach to see and to tell the time, of which clips
+    with several events alone teach nothing for thousands.
     """
-    common = [f"model.path={directory}"]
-    single = [
-        f"run_dir={scratch / 'single'}",
-        f"data.root={scratch / 'single-clips'}",
+    first, last = scratch / "one-event", scratch / "two-events"
+    one = [
+        f"model.path={directory}",
+        f"run_dir={first}",
+        f"data.root={scratch / 'one-event-clips'}",
         "data.synthetic.events=[1, 1]",
         "data.synthetic.seconds=[4.0, 8.0]",
-        "data.synthetic.train_clips=1500",
-        "sft.steps=800",
-        "sft.batch=16",
-        "optim.decay=constant",
+        "sft.steps=300",
     ]
-    sft.main(config.load(COLD_START, common + single))
-    several = [
-        f"run_dir={scratch / 'several'}",
-        f"data.root={scratch / 'several-clips'}",
-        f"model.path={scratch / 'single'}",
+    two = [
+        f"model.path={first}",
         "model.init=checkpoint",
+        f"run_dir={last}",
+        f"data.root={scratch / 'two-events-clips'}",
     ]
-    sft.main(config.load(COLD_START, common + several))
-    export.main(str(scratch / "several"), str(scratch / "exported"), "bfloat16")
+    return config.load(COLD_START, one), config.load(COLD_START, two)
+
+
+def train_weights(directory: Path, scratch: Path) -> None:
+    """Trains the weights and puts them into the model directory, rounded to bfloat16."""
+    for stage in stages(directory, scratch):
+        sft.main(stage)
+    export.main(stage.run_dir, str(scratch / "exported"), "bfloat16")
     shutil.copyfile(scratch / "exported" / WEIGHTS, directory / WEIGHTS)
 
 
