@@ -28,6 +28,7 @@ from jaxgrpo.tiny import (
     MARKUP_TOKENS,
     SPECIAL_TOKENS,
     make_model_directory,
+    stages,
 )
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.weights import model_tensors
@@ -248,6 +249,18 @@ def test_prompts_and_targets_are_short(tokenizer: Any) -> None:
             counts[record.task] = max(length, counts.get(record.task, 0))
     assert max(prompts.values()) <= 104
     assert max(completions.values()) <= 64
+
+
+# Cold start
+
+
+def test_the_second_stage_of_the_cold_start_goes_on_from_the_first(tmp_path: Path) -> None:
+    one, two = stages(SHIPPED, tmp_path)
+    assert (one.model.path, one.model.init) == (str(SHIPPED), "random")
+    assert (two.model.path, two.model.init) == (one.run_dir, "checkpoint")
+    assert one.data.root != two.data.root and one.run_dir != two.run_dir
+    assert one.data.synthetic is not None and two.data.synthetic is not None
+    assert one.data.synthetic.events == (1, 1) and two.data.synthetic.events == (2, 3)
 
 
 # Chat template
