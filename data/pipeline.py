@@ -324,7 +324,7 @@ class _Load(Generic[Example]):
         left = "" if len(failures) == MOST_ATTEMPTS else ", all that there are"
         first = (
             f"step {step}, slot {slot}: expected a video that can be used, tried {len(failures)} "
-            f"items of bucket {bucket}{left}, and found none; mend or remove these records:"
+            f"items for bucket {bucket}{left}, and found none; mend or remove these records:"
         )
         shown = [f"{self._name(f.item)}: {f.message}" for f in failures[:_FAILURES_SHOWN]]
         hidden = len(failures) - len(shown)

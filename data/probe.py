@@ -52,6 +52,7 @@ class VideoError(ValueError):
         duration      ends before the annotated duration
         clip          the clip window lies outside of the file
         too_short     fewer than two frames
+        shape         pictures that are too narrow or too flat for the model's processor
       message: names the file, what was expected and what was found.
     """
 

@@ -60,13 +60,20 @@ class StepPlan:
         [0, 3] [1, 2] [4, 0] [3, 1] [2, 4]
     """
 
-    def __init__(self, buckets: Sequence[Sequence[int]], prompts: int, seed: int) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[Sequence[int]],
+        prompts: int,
+        seed: int,
+        spares: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """Plans steps of `prompts` items.
 
         Args:
           buckets: the item numbers of each bucket; a bucket may be empty and is then never drawn.
           prompts: P, items in a step.
           seed: any integer from 0 on.
+          spares: per bucket the items of others that replace a bad one when its own are all bad.
 
         Raises:
           PlanError: no items at all, an item twice, prompts < 1 or a negative seed.
@@ -74,6 +81,7 @@ class StepPlan:
         self.buckets = tuple(tuple(int(item) for item in bucket) for bucket in buckets)
         self.prompts = prompts
         self.seed = seed
+        self._spares = spares
         items = [item for bucket in self.buckets for item in bucket]
         if not items:
             raise PlanError(
@@ -116,8 +124,9 @@ class StepPlan:
         """The item to try in place of a bad one; the same on every host and after every resume.
 
         Attempts 0, 1, ... go through the bucket's items outside of the step in a random order, each
-        once, then through the step's other items. The slots of a step begin at different places of
-        that order, so that two bad items are not replaced by the same one.
+        once, then through the step's other items, then through the bucket's spares. The slots of a
+        step begin at different places of that order, so that two bad items are not replaced by the
+        same one.
 
         Args:
           step: the step.
@@ -125,7 +134,7 @@ class StepPlan:
           attempt: how many replacements have failed in this slot before.
 
         Raises:
-          LookupError: the bucket has no further item.
+          LookupError: there is no further item.
         """
         bucket, taken = self.step(step)
         # Each slot may come here many times; a bucket may be large.
@@ -134,9 +143,13 @@ class StepPlan:
             return int(others[(slot * len(others) // self.prompts + attempt) % len(others)])
         rest = [item for item in dict.fromkeys(taken) if item != taken[slot]]
         attempt -= len(others)
-        if attempt >= len(rest):
+        if attempt < len(rest):
+            return rest[(slot + attempt) % len(rest)]
+        attempt -= len(rest)
+        spares = self._spares[bucket] if self._spares else ()
+        if attempt >= len(spares):
             raise LookupError(f"bucket {bucket} has no item left to replace one of step {step}")
-        return rest[(slot + attempt) % len(rest)]
+        return spares[(step * self.prompts + slot + attempt) % len(spares)]
 
     def _steps_before(self, bucket: int, epoch: int) -> int:
         """A bucket's steps in the epochs before `epoch`: enough to have seen each item that often."""
@@ -218,10 +231,19 @@ class OnePass:
     0..4 and P = 2 the steps are [0, 1] [2, 3] [4, 0].
     """
 
-    def __init__(self, buckets: Sequence[Sequence[int]], prompts: int) -> None:
-        """Plans steps of `prompts` items; the buckets hold item numbers and may be empty."""
+    def __init__(
+        self,
+        buckets: Sequence[Sequence[int]],
+        prompts: int,
+        spares: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Plans steps of `prompts` items; the buckets hold item numbers and may be empty.
+
+        `spares` are, per bucket, the items of others that may fill a slot in place of a bad one.
+        """
         self.prompts = prompts
         self._buckets = buckets
+        self._spares = spares
         self._steps = [
             PlannedStep(bucket, [items[i % len(items)] for i in range(first, first + prompts)])
             for bucket, items in enumerate(buckets)
@@ -241,8 +263,8 @@ class OnePass:
         """What fills the slot of an item that cannot be loaded; it is not to be scored.
 
         Raises:
-          LookupError: every other item of the bucket failed too.
+          LookupError: every other item of the bucket and its spares failed too.
         """
         bucket, items = self._steps[step]
         others = [item for item in self._buckets[bucket] if item != items[slot]]
-        return others[attempt]
+        return [*others, *(self._spares[bucket] if self._spares else ())][attempt]

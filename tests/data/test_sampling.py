@@ -133,6 +133,14 @@ def test_replacements_try_every_other_item_of_the_bucket_outsiders_first(
         plan.replacement(step, slot, len(others))
 
 
+def test_a_bucket_without_good_items_takes_those_of_others() -> None:
+    plan = StepPlan([[5], [1, 2, 3]], 2, seed=0, spares=[[2, 3], []])
+    step = next(step for step in range(9) if plan.step(step) == (0, [5, 5]))
+    assert {plan.replacement(step, 0, attempt) for attempt in range(2)} == {2, 3}
+    with pytest.raises(LookupError, match="no item left"):
+        plan.replacement(step, 0, 2)
+
+
 @given(st.integers(2, 9), st.integers(0, 40), st.integers(0, 300))
 def test_two_bad_items_of_a_step_are_replaced_by_different_ones(
     prompts: int, more: int, step: int
@@ -190,3 +198,10 @@ def test_a_bad_item_of_one_pass_is_replaced_by_any_other_of_its_bucket() -> None
     assert [plan.replacement(3, 0, attempt) for attempt in range(4)] == [0, 1, 2, 4]
     with pytest.raises(LookupError):
         plan.replacement(5, 0, 0)  # the bucket of item 7 has no other
+
+
+def test_one_pass_fills_the_slot_of_a_lone_bad_item_with_a_spare() -> None:
+    plan = OnePass([(0, 1), (7,)], 1, spares=[[], [1, 0]])
+    assert [plan.replacement(2, 0, attempt) for attempt in range(2)] == [1, 0]
+    with pytest.raises(LookupError):
+        plan.replacement(2, 0, 2)
