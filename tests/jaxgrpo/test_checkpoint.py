@@ -207,6 +207,8 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path: Pat
         os.kill(child.pid, signal.SIGKILL)
         child.stdout.close()
         child.wait()
+    # Else none of them died while it wrote.
+    assert any("tmp" in name for number in range(4) for name in found(tmp_path / str(number)))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     array = jax.ShapeDtypeStruct((2**20,), jnp.float32, sharding=device)
     for number in range(4):
