@@ -49,11 +49,16 @@ SAMPLER_RULES = {axis: (None if mesh == FSDP else mesh) for axis, mesh in RULES.
 def start_processes() -> None:
     """Joins the other processes of the job, if the environment says that there are any.
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them; without the first this
-    process is alone. Call it before anything touches a device.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them; without the first, jax
+    finds them itself on Cloud TPU, GKE, Slurm and Open MPI, and elsewhere this process is alone.
+    Call it before anything touches a device.
     """
+    if jax.distributed.is_initialized():
+        return
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is None or jax.distributed.is_initialized():
+    if address is None:
+        if jax_finds_processes(os.environ):
+            jax.distributed.initialize()
         return
     try:
         count, index = (int(os.environ[k]) for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
@@ -63,6 +68,24 @@ def start_processes() -> None:
             f"numbers too: {error}"
         ) from error
     jax.distributed.initialize(address, count, index)
+
+
+def jax_finds_processes(environment: Mapping[str, str]) -> bool:
+    """Whether `jax.distributed.initialize()` is to look for other processes by itself.
+
+    It fails where it finds none, so the variables that it looks at must show a job of several.
+    """
+    # jax sets this one as it is imported where it finds TPU chips.
+    if "TPU_ML_PLATFORM" in environment and "tpu" in environment.get("JAX_PLATFORMS", "tpu"):
+        hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
+        if hosts is None:  # not GKE: jax asks the machine's metadata server, unless told not to
+            return "TPU_SKIP_MDS_QUERY" not in environment
+        return "," in hosts or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    if "SLURM_STEP_NODELIST" in environment:  # started by srun, not in the shell that calls it
+        return int(environment.get("SLURM_NTASKS", "1")) > 1
+    if "OMPI_MCA_orte_hnp_uri" in environment:
+        return int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    return False
 
 
 def make_mesh(config: MeshSection, devices: Any = None) -> Mesh:
