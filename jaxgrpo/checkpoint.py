@@ -54,7 +54,7 @@ class Checkpoints:
         if jax.process_count() > 1:  # nobody makes the folder before all have looked for it
             multihost_utils.sync_global_devices("run identity")
         if saved is not None:
-            _check_identity(saved, config, command)
+            check_identity(saved, config, command)
         self._manager = _open(config.run_dir, options)
 
     @property
@@ -156,7 +156,22 @@ def read_identity(run_dir: str | Path) -> dict[str, Any] | None:
         return manager.restore(step, args=args.Composite(config=args.JsonRestore()))["config"]
 
 
-def _check_identity(saved: Mapping[str, Any], config: Config, command: Command) -> None:
+def latest_step(run_dir: str | Path) -> int | None:
+    """The step of a run's newest checkpoint; None if it has none."""
+    with _open(run_dir, ocp.CheckpointManagerOptions(create=False)) as manager:
+        step: int | None = manager.latest_step()
+        return step
+
+
+def check_identity(saved: Mapping[str, Any], config: Config, command: Command) -> None:
+    """Refuses to go on with a run of another command or config.
+
+    Args:
+      saved: as from `read_identity`.
+
+    Raises:
+      ConfigError: see `Checkpoints`.
+    """
     if saved["command"] != command:
         raise ConfigError(
             f"{config.run_dir} holds a run of `jaxgrpo {saved['command']}`: choose another run_dir "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,28 +25,27 @@ from data.records import Record, merge_spans, write_atomically
 from data.sampling import OnePass
 from jaxgrpo.config import Config
 from jaxgrpo.inputs import Dataset, Inputs, PromptCollator, PromptLoader, describe, prepare
-from jaxgrpo.load import open_policy, open_processor
+from jaxgrpo.load import open_params, open_policy, open_processor
 from jaxgrpo.policy import Params, Policy
 from jaxgrpo.programs import (
     answer_shapes,
+    compile_publish,
     prompt_shapes,
-    publish_program,
     rollout_program,
     scalar_shape,
     score_program,
     truth_shapes,
 )
 from jaxgrpo.rollout import Rollout, Sampling
+from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
-    SAMPLER_RULES,
     check_divides,
     gather_objects,
-    gather_to_host,
     make_mesh,
-    param_shardings,
     process_rows,
     put_prompts,
     put_scalar,
+    say,
     start_processes,
 )
 from rewards.dual import truth_arrays
@@ -61,13 +61,15 @@ def main(config: Config) -> None:
     processor = open_processor(config)
     check_divides(mesh, processor.config, {"eval.batch": config.eval.batch})
     inputs = prepare(config, processor, train=False, evaluation=True)
-    policy, params = open_policy(config.model, processor, mesh, temperature=0.0, seed=config.seed)
-    publish = publish_program(policy, param_shardings(processor.config, mesh, SAMPLER_RULES))
+    say(describe(inputs))
+    policy = open_policy(config.model, processor, temperature=0.0)
+    params = open_params(config.model, processor.config, mesh, config.seed)
+    publish, _ = compile_publish(mesh, policy, params, {})
     sampler = publish(params, {})
+    del params
     programs = compile_eval(config, mesh, policy, inputs, sampler)
     metrics, predictions = evaluate(config, mesh, programs, sampler, inputs)
     if jax.process_index() == 0:
-        print(describe(inputs))
         print(table({config.model.path: metrics}))
         out = Path(config.run_dir)
         write_atomically(out / "eval.json", json.dumps(metrics, indent=2) + "\n")
@@ -79,7 +81,7 @@ def main(config: Config) -> None:
 class EvalPrograms(NamedTuple):
     """The executables of evaluation."""
 
-    rollout: tuple[Callable[..., tuple[Rollout, Array | None]], ...]  # greedy, one per bucket
+    rollout: dict[int, Callable[..., tuple[Rollout, Array | None]]]  # greedy, by bucket
     score: Callable[..., Any]
 
 
@@ -96,7 +98,12 @@ class Prediction(NamedTuple):
 def compile_eval(
     config: Config, mesh: Mesh, policy: Policy, inputs: Inputs, sampler: Params
 ) -> EvalPrograms:
-    """Compiles greedy decoding for every bucket that evaluation items are in, and scoring."""
+    """Compiles greedy decoding for every bucket that items are in, swapped ones too, and scoring.
+
+    Args:
+      sampler: the sampler's weights, or their shapes with shardings.
+    """
+    assert inputs.evaluation is not None, "prepare(evaluation=True) makes it"
     prompts = config.eval.batch
     sampling = Sampling(
         group=1,
@@ -107,15 +114,18 @@ def compile_eval(
     scalar = scalar_shape(mesh)
     program = rollout_program(mesh, greedy, sampling, keep_features=False)
     score = score_program(mesh, config.reward, divide_by_std=False)
+    datasets = [x for x in (inputs.evaluation, inputs.swapped) if x is not None]
+    max_spans = inputs.evaluation.max_spans
     return EvalPrograms(
-        tuple(
-            program.lower(
+        {
+            number: program.lower(
                 sampler, prompt_shapes(mesh, policy.config.vision, bucket, prompts), scalar, scalar
             ).compile()
-            for bucket in inputs.buckets
-        ),
+            for number, bucket in enumerate(inputs.evaluation.offers)
+            if any(dataset.buckets[number] for dataset in datasets)
+        },
         score.lower(
-            answer_shapes(mesh, prompts, 1), truth_shapes(mesh, prompts, inputs.max_spans)
+            answer_shapes(mesh, prompts, 1), truth_shapes(mesh, prompts, max_spans)
         ).compile(),
     )
 
@@ -138,8 +148,27 @@ def evaluate(
     metrics["items_failed"] = len(inputs.evaluation.records) - len(predictions)
     if inputs.swapped is not None:
         swapped, _ = predict(config, mesh, programs, sampler, inputs, inputs.swapped)
+        metrics["items_swapped"] = len(swapped)
         metrics["tvg/mIoU_swapped_videos"] = _mean(p.components["iou"] for p in swapped)
     return metrics, predictions
+
+
+def run_evaluation(
+    step: int,
+    config: Config,
+    mesh: Mesh,
+    programs: EvalPrograms,
+    sampler: Params,
+    inputs: Inputs,
+    run: RunDir,
+) -> dict[str, float]:
+    """Evaluates during a run and writes the scores and a few predictions down."""
+    started = time.perf_counter()
+    scores, predictions = evaluate(config, mesh, programs, sampler, inputs)
+    run.write(step, "eval", scores | {"time/eval": time.perf_counter() - started})
+    shown = first_of_each_task(predictions, config.log.samples)
+    run.write_completions(step, "eval", [sample(p) for p in shown])
+    return scores
 
 
 def predict(
@@ -156,12 +185,12 @@ def predict(
       the predictions, and id -> reason of the items whose video failed, which have none.
     """
     prompts = config.eval.batch
-    plan = OnePass(dataset.buckets, prompts)
+    plan = OnePass(dataset.buckets, prompts, dataset.spares)
     rows = process_rows(mesh, prompts)
     loader = batches(
         plan,
         PromptLoader(inputs.processor, dataset.records, config.data),
-        PromptCollator(inputs.buckets, inputs.processor.pad_id),
+        PromptCollator(dataset.offers, inputs.processor.pad_id),
         start_step=0,
         num_steps=plan.steps,
         rows=rows,
@@ -172,13 +201,14 @@ def predict(
     )
     found: dict[int, Prediction] = {}
     failures: dict[str, str] = {}
+    replaced: set[int] = set()  # items whose slot holds another's video: they are not scored
     with loader:
         for batch in loader:
             zero = put_scalar(mesh, 0)
             rollout, _ = programs.rollout[batch.bucket](
                 sampler, put_prompts(mesh, batch.prompts), zero, zero
             )
-            tokens, lengths = gather_to_host((rollout.tokens, rollout.lengths))
+            tokens, lengths = jax.device_get((rollout.tokens, rollout.lengths))
             for item, kind, message in batch.failures:
                 failures[dataset.records[item].id] = f"{kind}: {message}"
             planned = plan.step(batch.step).items
@@ -187,28 +217,26 @@ def predict(
             answers = parse_batch(
                 texts, [record.task for record in records], thinking=config.data.thinking
             )
-            truth = truth_arrays(records, inputs.max_spans)
-            scores = gather_to_host(
+            truth = truth_arrays(records, dataset.max_spans)
+            scores = jax.device_get(
                 programs.score(
                     *put_prompts(mesh, jax.tree.map(lambda x: x[rows], (answers, truth)))
                 )
             )
-            # A slot that holds another item's video is not scored: its own could not be read.
-            mine = np.array([a == b for a, b in zip(batch.items, planned[rows], strict=True)])
-            scored = gather_to_host(put_prompts(mesh, mine))
+            replaced |= {a for a, b in zip(planned[rows], batch.items, strict=True) if a != b}
             for row, item in enumerate(planned):
-                if scored[row]:
-                    found[item] = Prediction(
-                        records[row],
-                        texts[row][0],
-                        float(scores.total[row, 0]),
-                        {name: float(x[row, 0]) for name, x in scores.components.items()},
-                        int(lengths[row, 0]),
-                    )
-    everywhere = {
-        name: reason for part in gather_objects(failures) for name, reason in part.items()
-    }
-    return [found[item] for item in sorted(found)], everywhere
+                found[item] = Prediction(
+                    records[row],
+                    texts[row][0],
+                    float(scores.total[row, 0]),
+                    {name: float(x[row, 0]) for name, x in scores.components.items()},
+                    int(lengths[row, 0]),
+                )
+    everywhere: dict[str, str] = {}
+    for others_failures, others_replaced in gather_objects([failures, sorted(replaced)]):
+        everywhere |= others_failures
+        replaced |= set(others_replaced)
+    return [found[item] for item in sorted(found.keys() - replaced)], everywhere
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, float]:
@@ -318,12 +346,13 @@ def truth_text(record: Record) -> str:
 def table(columns: dict[str, dict[str, float]]) -> str:
     """Metrics side by side, for example {"before": ..., "after": ...}, each with its baselines."""
     names = [name for name in _TABLE if any(name in metrics for metrics in columns.values())]
-    width = max(map(len, names))
-    lines = [" " * width + "".join(f"{title:>12}" for title in columns)]
+    first = max(map(len, names), default=0)
+    widths = {title: max(12, len(title) + 2) for title in columns}
+    lines = [" " * first + "".join(f"{title:>{width}}" for title, width in widths.items())]
     for name in names:
-        cells = (metrics.get(name) for metrics in columns.values())
-        shown = "".join(f"{'-' if cell is None else format(cell, '.3f'):>12}" for cell in cells)
-        lines.append(f"{name:<{width}}{shown}")
+        cells = ((metrics.get(name), widths[title]) for title, metrics in columns.items())
+        shown = (f"{'-' if x is None else format(x, '.3f'):>{width}}" for x, width in cells)
+        lines.append(f"{name:<{first}}{''.join(shown)}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,15 @@ from data.records import Record, read_manifest
 from data.synthetic import SyntheticSpec, write_dataset
 from data.video import FrameSampling, decode, frame_count
 from jaxgrpo.config import Config, DataSection
-from models.qwen2_5_vl.processor import PixelLimits, Processor, Prompt, Size, Video, collate
+from models.qwen2_5_vl.processor import (
+    PixelLimits,
+    Processor,
+    ProcessorError,
+    Prompt,
+    Size,
+    Video,
+    collate,
+)
 
 _SHOWN = 5  # bad items that a message names
 
@@ -37,6 +47,30 @@ class Dataset(NamedTuple):
     records: tuple[Record, ...]
     sizes: tuple[Size, ...]  # what each item's prompt needs
     buckets: tuple[tuple[int, ...], ...]  # the items of each bucket
+    offers: tuple[Size, ...]  # what each bucket offers to each of its prompts
+    max_spans: int  # M, the most true spans that an item has
+
+    @property
+    def spares(self) -> list[list[int]]:
+        """Per bucket the items of other buckets that it would hold, for when its own are all bad."""
+        return [
+            [i for i, size in enumerate(self.sizes) if i not in own and size.fits(offer)]
+            for own, offer in zip(map(set, self.buckets), self.offers, strict=True)
+        ]
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What the steps depend on besides the config: by name, JSON values, and short."""
+        rows = [
+            [dataclasses.asdict(record), size]
+            for record, size in zip(self.records, self.sizes, strict=True)
+        ]
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        return {
+            "items": f"{len(rows)} with digest {digest}",
+            "bucket sizes": [size._asdict() for size in self.offers],
+            "spans of an item at most": self.max_spans,
+        }
 
 
 class Inputs(NamedTuple):
@@ -46,8 +80,6 @@ class Inputs(NamedTuple):
     train: Dataset | None
     evaluation: Dataset | None
     swapped: Dataset | None  # grounding questions of `evaluation`, each about another item's video
-    buckets: tuple[Size, ...]  # what each bucket offers
-    max_spans: int  # M, the most true spans that an item has
     excluded: dict[str, str]  # "data.train/ID" -> why its video cannot be read: in no dataset
 
 
@@ -94,8 +126,8 @@ def prepare(
         left out, so that its plan stays the same.
 
     Raises:
-      InputError: a manifest is not configured, none of its videos can be read, or prompts do not
-        fit the largest bucket.
+      InputError: a manifest is not configured, none of its videos can be read, a question cannot
+        be asked, prompts do not fit the largest bucket, or the hosts see different data.
       ManifestError, SyntheticError: see there.
     """
     data = config.data
@@ -123,21 +155,27 @@ def prepare(
             shown = "\n".join(list(errors.values())[:_SHOWN])
             raise InputError(f"none of the {len(rows)} videos of {key} can be read:\n{shown}")
         measured[key] = usable
+    swapped: list[tuple[Record, Size]] = []
     if evaluation:
-        measured["swapped"] = _swap_videos(measured["data.eval"], processor, data)
+        swapped = _swap_videos(measured["data.eval"], processor, data)
     for key, usable in measured.items():
         _check_fits(key, usable, data.buckets)
 
-    everything = [size for usable in measured.values() for _, size in usable]
-    buckets = _bucket_sizes(everything, data.buckets)
-    datasets = {key: _dataset(usable, buckets) for key, usable in measured.items() if usable}
+    # Training is sized by itself, so that eval.limit does not change its programs.
+    datasets = {}
+    for key, usable in measured.items():
+        together = usable + (swapped if key == "data.eval" else [])
+        offers = _bucket_sizes([size for _, size in together], data.buckets)
+        max_spans = max(max(len(record.spans), 1) for record, _ in together)
+        datasets[key] = _dataset(usable, offers, max_spans)
+        if key == "data.eval" and swapped:
+            datasets["swapped"] = _dataset(swapped, offers, max_spans)
+    _check_hosts_agree({key: dataset.plan for key, dataset in datasets.items()})
     return Inputs(
         processor,
         datasets.get("data.train"),
         datasets.get("data.eval"),
         datasets.get("swapped"),
-        buckets,
-        max(max(len(r.spans), 1) for usable in measured.values() for r, _ in usable),
         bad,
     )
 
@@ -151,7 +189,7 @@ def describe(inputs: Inputs) -> str:
             counts = ", ".join(f"{count} {task}" for task, count in sorted(tasks.items()))
             fills = ", ".join(
                 f"{len(items)} of at most {bucket.tokens} tokens"
-                for items, bucket in zip(dataset.buckets, inputs.buckets, strict=True)
+                for items, bucket in zip(dataset.buckets, dataset.offers, strict=True)
             )
             lines.append(f"{name}: {len(dataset.records)} items ({counts}); prompts: {fills}")
     if inputs.excluded:
@@ -249,8 +287,11 @@ def _measure(
     data: DataSection,
     excluded: set[str],
 ) -> tuple[list[tuple[Record, Size]], dict[str, str]]:
-    """(usable records with the sizes of their prompts, id -> why a video cannot be used)."""
-    usable: list[tuple[Record, Size]] = []
+    """(usable records with the sizes of their prompts, id -> why a video cannot be used).
+
+    A video that any of the hosts cannot use is used by none: they must plan the same steps.
+    """
+    measured: list[tuple[Record, Size]] = []
     errors: dict[str, str] = {}
     for record in records:
         probe = probes[record.id]
@@ -260,16 +301,52 @@ def _measure(
             errors[record.id] = f"{record.id}: {probe}"
             continue
         try:
-            usable.append((record, _size(record, probe, processor, data)))
-        except VideoError as error:  # the clip window lies outside of the file
+            measured.append((record, _size(record, probe, processor, data)))
+        except VideoError as error:
             errors[record.id] = f"{record.id}: {error}"
-    return usable, errors
+    errors = {name: reason for part in _from_hosts(errors) for name, reason in part.items()}
+    return [(record, size) for record, size in measured if record.id not in errors], errors
 
 
 def _size(record: Record, probe: Probe, processor: Processor, data: DataSection) -> Size:
+    """What a record's prompt needs.
+
+    Raises:
+      VideoError: the clip window lies outside of the file, or its pictures have a shape that the
+        processor refuses.
+      InputError: the processor refuses the question.
+    """
     frames = frame_count(probe, frame_sampling(data), record.clip)
-    grid = processor.grid((probe.height, probe.width), frames)
-    return processor.size(messages(record, data.thinking), [grid])
+    try:
+        grid = processor.grid((probe.height, probe.width), frames)
+    except ProcessorError as error:
+        raise VideoError("shape", f"{Path(data.root) / record.video}: {error}") from error
+    try:
+        return processor.size(messages(record, data.thinking), [grid])
+    except ProcessorError as error:
+        raise InputError(
+            f"record {record.id!r}: its question or an option spells a token that stands for a "
+            f"picture, such as <|video_pad|>; remove that ({error})"
+        ) from error
+
+
+def _check_hosts_agree(plans: dict[str, Any]) -> None:
+    first, *others = _from_hosts(plans)
+    for process, other in enumerate(others, start=1):
+        for key, plan in first.items():
+            if other[key] != plan:
+                raise InputError(
+                    f"process {process} finds other items or videos in {key} than process 0: "
+                    f"{other[key]}, not {plan}; all hosts must see the same manifest and the same "
+                    "files in data.root"
+                )
+
+
+def _from_hosts(value: Any) -> list[Any]:
+    # Worker processes import this module for its loaders, and have no use for jax.
+    from jaxgrpo.sharding import gather_objects
+
+    return gather_objects(value)
 
 
 def _swap_videos(
@@ -318,10 +395,12 @@ def _bucket_sizes(sizes: Sequence[Size], tokens: Sequence[int]) -> tuple[Size, .
     return tuple(offers)
 
 
-def _dataset(usable: Sequence[tuple[Record, Size]], buckets: Sequence[Size]) -> Dataset:
-    widths = [bucket.tokens for bucket in buckets]
-    items: list[list[int]] = [[] for _ in buckets]
+def _dataset(
+    usable: Sequence[tuple[Record, Size]], offers: tuple[Size, ...], max_spans: int
+) -> Dataset:
+    widths = [bucket.tokens for bucket in offers]
+    items: list[list[int]] = [[] for _ in offers]
     for number, (_, size) in enumerate(usable):
         items[_bucket_of(size.tokens, widths)].append(number)
     records, sizes = zip(*usable, strict=True)
-    return Dataset(records, sizes, tuple(map(tuple, items)))
+    return Dataset(records, sizes, tuple(map(tuple, items)), offers, max_spans)

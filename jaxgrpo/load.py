@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from jaxgrpo.checkpoint import read_part
+from jaxgrpo.checkpoint import latest_step, read_part
 from jaxgrpo.config import Config, ConfigError, MeshSection, ModelSection
 from jaxgrpo.inputs import pixel_limits
 from jaxgrpo.policy import Params, Policy, Vocabulary
@@ -55,7 +55,16 @@ def model_directory(path: str | Path) -> Path:
 
 
 def open_processor(config: Config) -> Processor:
-    """The processor of `model.path`, with the pixel limits of `data`."""
+    """The processor of `model.path`, with the pixel limits of `data`.
+
+    Raises:
+      ConfigError: `model.init` would put random weights in the place of a run's.
+    """
+    if config.model.init == "random" and is_run(config.model.path):
+        raise ConfigError(
+            f"model.init is 'random', but model.path={config.model.path} is a run, whose weights "
+            "would not be read: set model.init=checkpoint"
+        )
     return Processor.load(model_directory(config.model.path), pixel_limits(config.data))
 
 
@@ -70,19 +79,11 @@ def vocabulary_of(processor: Processor) -> Vocabulary:
     return Vocabulary(usable, (end,), processor.pad_id)
 
 
-def open_policy(
-    section: ModelSection, processor: Processor, mesh: Mesh, *, temperature: float, seed: int
-) -> tuple[Policy, Params]:
-    """The policy and its master weights, float32, sharded over the mesh.
-
-    Raises:
-      WeightError, FileNotFoundError: see `models.qwen2_5_vl.weights.load`.
-      ConfigError: a run without a checkpoint.
-    """
-    config = processor.config
-    graphdef, _ = abstract_model(config)
-    policy = Policy(
-        config=config,
+def open_policy(section: ModelSection, processor: Processor, *, temperature: float) -> Policy:
+    """The policy without its weights."""
+    graphdef, _ = abstract_model(processor.config)
+    return Policy(
+        config=processor.config,
         graphdef=graphdef,
         vocabulary=vocabulary_of(processor),
         temperature=temperature,
@@ -90,14 +91,43 @@ def open_policy(
         remat=section.remat == "layer",
         logit_chunk=section.logit_chunk,
     )
+
+
+def param_shapes(config: ModelConfig, mesh: Mesh) -> Params:
+    """The shapes of the master weights, float32, and how they lie on the mesh."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract_model(config)[1],
+        param_shardings(config, mesh),
+    )
+
+
+def open_params(section: ModelSection, config: ModelConfig, mesh: Mesh, seed: int) -> Params:
+    """The master weights that `model` asks for, in the shapes of `param_shapes`.
+
+    Raises:
+      WeightError, FileNotFoundError: see `models.qwen2_5_vl.weights.load`.
+      ConfigError: a run without a checkpoint.
+    """
     shardings = param_shardings(config, mesh)
     if section.init == "random":
-        return policy, random_params(config, seed, shardings)
-    return policy, load_params(section.path, config, shardings)
+        return random_params(config, seed, shardings)
+    return load_params(section.path, config, shardings)
+
+
+def weight_steps(path: str | Path) -> list[int | None]:
+    """The steps of the checkpoints that `load_params` reads: none for a model directory."""
+    if not is_run(path):
+        return []
+    base = read_config(path).model
+    return [latest_step(path), *(weight_steps(base.path) if base.freeze_vision else [])]
 
 
 def load_params(path: str | Path, config: ModelConfig, shardings: Any) -> Params:
-    """Float32 weights of a model directory or of a run's newest checkpoint, on `shardings`."""
+    """Float32 weights of a model directory or of a run's newest checkpoint, on `shardings`.
+
+    Raises: as `open_params`.
+    """
     if is_run(path):
         base = read_config(path).model
         _, shapes = abstract_model(config)

@@ -5,6 +5,9 @@ run fails early where it must, no step waits for a compilation, and the number o
 programs x buckets. `jax.jit` is never called on shapes that were not foreseen: a compiled
 executable refuses them.
 
+What the host reads (completions, scores) leaves a program whole on every device, so that each
+process has it without asking the others; the update splits it again.
+
 Legend: P prompts, G completions per prompt, C completion tokens, M ground-truth spans, U merged
         vision units, D width.
 """
@@ -26,7 +29,13 @@ from jaxgrpo.config import Config, RewardSection
 from jaxgrpo.grpo import group_advantages, zero_variance
 from jaxgrpo.policy import Params, Policy, cast
 from jaxgrpo.rollout import Rollout, Sampling, generate
-from jaxgrpo.sharding import PROMPTS, shape_on, shardings_like
+from jaxgrpo.sharding import (
+    PROMPTS,
+    SAMPLER_RULES,
+    param_shardings,
+    shape_on,
+    shardings_like,
+)
 from jaxgrpo.update import (
     TrainState,
     UpdateBatch,
@@ -55,7 +64,11 @@ class Scores(NamedTuple):
 
 
 def init_program(mesh: Mesh, optimizer: optax.GradientTransformation, params: Params) -> Wrapped:
-    """Trained weights -> the state before the first step, a copy of them included."""
+    """Trained weights -> the state before the first step, a copy of them included.
+
+    Args:
+      params: the weights or their shapes, with shardings.
+    """
 
     def init(params: Params) -> TrainState:
         return init_state(params, optimizer)
@@ -74,6 +87,19 @@ def publish_program(policy: Policy, shardings: Any) -> Wrapped:
     return jax.jit(publish, out_shardings=shardings)
 
 
+def compile_publish(
+    mesh: Mesh, policy: Policy, trained: Params, frozen: Params
+) -> tuple[Callable[[Params, Params], Params], Params]:
+    """Compiles publishing the weights (arrays or shapes with shardings) to the sampler.
+
+    Returns:
+      the executable, and the shapes of the sampler's weights.
+    """
+    layout = param_shardings(policy.config, mesh, SAMPLER_RULES)
+    publish = publish_program(policy, layout).lower(trained, frozen)
+    return publish.compile(), publish.out_info
+
+
 def rollout_program(mesh: Mesh, policy: Policy, sampling: Sampling, keep_features: bool) -> Wrapped:
     """(sampler's weights, prompts, seed, step) -> completions, and vision features if asked for.
 
@@ -89,7 +115,10 @@ def rollout_program(mesh: Mesh, policy: Policy, sampling: Sampling, keep_feature
         completions = generate(model, prompt, features, key, sampling, policy.vocabulary)
         return completions, features if keep_features else None
 
-    return jax.jit(rollout, out_shardings=NamedSharding(mesh, PROMPTS))
+    split: Any = NamedSharding(mesh, PROMPTS)
+    whole: Any = NamedSharding(mesh, PartitionSpec())
+    completions = Rollout(tokens=whole, lengths=whole, sampler_logp=split, finished=whole)
+    return jax.jit(rollout, out_shardings=(completions, split))
 
 
 def score_program(mesh: Mesh, rewards: RewardSection, divide_by_std: bool) -> Wrapped:
@@ -101,18 +130,21 @@ def score_program(mesh: Mesh, rewards: RewardSection, divide_by_std: bool) -> Wr
         advantages = group_advantages(total, divide_by_std)
         return Scores(total, components, advantages, zero_variance(total))
 
-    return jax.jit(score, out_shardings=NamedSharding(mesh, PROMPTS))
+    return jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def reference_program(mesh: Mesh, policy: Policy) -> Wrapped:
     """(reference weights, prompts, features, completions) -> log-probabilities f32[P, G, C]."""
 
+    split = NamedSharding(mesh, PROMPTS)
+
     def reference(
         params: Params, prompt: Prompt, features: Array | None, completions: Array
     ) -> Array:
+        completions = jax.lax.with_sharding_constraint(completions, split)
         return policy.log_probs(params, prompt, features, completions)[0]
 
-    return jax.jit(reference, out_shardings=NamedSharding(mesh, PROMPTS))
+    return jax.jit(reference, out_shardings=split)
 
 
 def update_program(
@@ -123,10 +155,12 @@ def update_program(
     state_shardings: TrainState,
 ) -> Wrapped:
     """(state, frozen weights, batch) -> the next state and scalar metrics; the state is donated."""
+    split = NamedSharding(mesh, PROMPTS)
 
     def update(
         state: TrainState, frozen: Params, batch: UpdateBatch
     ) -> tuple[TrainState, dict[str, Array]]:
+        batch = jax.lax.with_sharding_constraint(batch, split)
         gradients, metrics = grpo_gradients(
             policy, state.params, frozen, batch, config.grpo, config.optim.accumulate
         )
@@ -247,10 +281,7 @@ def compile_train(
     rollout = rollout_program(mesh, policy, sampling, config.model.freeze_vision).lower(
         sampler, prompt, scalar, scalar
     )
-    completions, features = (
-        jax.tree.map(lambda x: shape_on(mesh, PROMPTS, x.shape, x.dtype), out)
-        for out in rollout.out_info
-    )
+    completions, features = rollout.out_info
     reference = None
     if config.grpo.kl:
         reference = reference_program(mesh, policy).lower(
@@ -262,7 +293,7 @@ def compile_train(
         features=features,
         completions=completions.tokens,
         lengths=completions.lengths,
-        advantages=shape_on(mesh, PROMPTS, (p, g), jnp.float32),
+        advantages=shape_on(mesh, PartitionSpec(), (p, g), jnp.float32),
         sampler_logp=per_token,
         old_logp=None,
         ref_logp=per_token if config.grpo.kl else None,

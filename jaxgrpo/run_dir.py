@@ -19,7 +19,13 @@ import jax
 from data.pipeline import Failure
 from data.records import Record, write_atomically
 from jaxgrpo import config as configs
-from jaxgrpo.checkpoint import CHECKPOINTS, Checkpoints, Command, abstract, read_identity
+from jaxgrpo.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    Command,
+    check_identity,
+    read_identity,
+)
 from jaxgrpo.config import Config
 from jaxgrpo.metrics import METRICS, MetricsLog, plot_curves, read_metrics
 from jaxgrpo.sharding import gather_objects
@@ -42,10 +48,11 @@ class RunDir:
         """Opens `config.run_dir`.
 
         Raises:
-          ConfigError: it holds another run (see `checkpoint.Checkpoints`), or one that has gone
-            further than this config asks.
+          ConfigError: it holds another run (see `checkpoint.Checkpoints`), with or without a
+            checkpoint, or one that has gone further than this config asks.
         """
         self.path = Path(config.run_dir)
+        _check_begun(self.path, config, command)
         self._checkpoints = Checkpoints(config, command)
         self.first_step = self._checkpoints.latest or 0
         steps = config.train.steps if command == "train" else config.sft.steps
@@ -58,22 +65,61 @@ class RunDir:
         saved = self._checkpoints.data()
         self.excluded: dict[str, str] = saved.get("excluded", {})
         self.failures: dict[str, str] = saved.get("failures", {})
+        self._plan: dict[str, Any] | None = saved.get("plan")
         self._log = MetricsLog(
             self.path, self._checkpoints.latest, tensorboard=config.log.tensorboard
         )
         if jax.process_index() == 0:
-            write_atomically(self.path / CONFIG, configs.to_yaml(config))
+            text = f"# jaxgrpo {command}\n{configs.to_yaml(config)}"
+            write_atomically(self.path / CONFIG, text)
 
-    def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint's state, on the shardings of `state`; `state` if there is none."""
-        if not self.first_step:
-            return state
-        _, found, _ = self._checkpoints.restore(abstract(state._asdict()))
+    def keep_to(
+        self, plan: Mapping[str, Any], base: Sequence[int | None], excluded: Mapping[str, str]
+    ) -> None:
+        """Remembers what the steps depend on besides the config; a resumed run keeps to it.
+
+        Args:
+          plan: of the training data, see `inputs.Dataset.plan`.
+          base: the steps of the checkpoints behind model.path that are read whenever the run
+            starts, see `load.weight_steps`.
+          excluded: as the attribute.
+
+        Raises:
+          ConfigError: the run began with another plan; names what changed.
+        """
+        now = {f"data.train, {name}": value for name, value in plan.items()}
+        now["model.path, steps of its checkpoints"] = list(base)
+        before = now if self._plan is None else self._plan
+        changed = [
+            f"  {name}: {before.get(name)} then, {value} now"
+            for name, value in now.items()
+            if value != before.get(name)
+        ]
+        if changed:
+            changed += [
+                f"  cannot be read now: {reason}"
+                for name, reason in excluded.items()
+                if name.startswith("data.train/") and name not in self.excluded
+            ]
+            raise configs.ConfigError(
+                f"{self.path} began with other data or weights than there are now:\n"
+                + "\n".join(changed)
+                + "\nTo go on with that run put them back; to start another choose a new run_dir."
+            )
+        self._plan, self.excluded = now, dict(excluded)
+
+    def restore(self, shapes: TrainState) -> TrainState:
+        """The newest checkpoint's state.
+
+        Args:
+          shapes: `jax.ShapeDtypeStruct`s with the shardings that the arrays are to have.
+        """
+        _, found, _ = self._checkpoints.restore(shapes._asdict())
         return TrainState(**found)
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves what is needed to go on after `step` updates."""
-        data = {"excluded": self.excluded, "failures": self.failures}
+        data = {"excluded": self.excluded, "failures": self.failures, "plan": self._plan}
         self._checkpoints.save(step, state._asdict(), data)
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
@@ -120,6 +166,20 @@ class RunDir:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _check_begun(path: Path, config: Config, command: Command) -> None:
+    """Refuses another run where one has written scores but no checkpoint yet.
+
+    A folder without scores has nothing to lose: a start that failed at once left it.
+    """
+    metrics, written = path / METRICS, path / CONFIG
+    begun = metrics.exists() and metrics.stat().st_size and written.exists()
+    if not begun or read_identity(path) is not None:
+        return
+    title = written.read_text(encoding="utf-8").partition("\n")[0]
+    saved = configs.to_dict(configs.load(written))
+    check_identity({"command": title.split()[-1], "config": saved}, config, command)
 
 
 def is_run(path: str | Path) -> bool:

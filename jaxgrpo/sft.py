@@ -22,21 +22,20 @@ from jaxgrpo.inputs import (
     describe,
     prepare,
 )
-from jaxgrpo.load import open_policy, open_processor
+from jaxgrpo.load import open_params, open_policy, open_processor, param_shapes, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
-from jaxgrpo.programs import compile_sft, init_program, publish_program
+from jaxgrpo.policy import Params
+from jaxgrpo.programs import compile_publish, compile_sft, init_program
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
-    SAMPLER_RULES,
     check_divides,
     make_mesh,
-    param_shardings,
     process_rows,
     put_prompts,
+    say,
     start_processes,
 )
-from jaxgrpo.train import run_evaluation, say, stop_if_not_finite
-from jaxgrpo.update import make_optimizer, split_frozen
+from jaxgrpo.update import make_optimizer, split_frozen, stop_if_not_finite
 
 
 def main(config: Config) -> None:
@@ -52,6 +51,13 @@ def main(config: Config) -> None:
         )
 
     with CompileCounter() as compilations, RunDir(config, "sft") as run:
+        if run.first_step == config.sft.steps:
+            say(f"{config.run_dir} is finished: it has done its {config.sft.steps} steps")
+            say(evaluate.table({f"step {config.sft.steps}": run.scores(step=config.sft.steps)}))
+            run.finish()
+            say(closing_words(config))
+            return
+
         # ---- data ----
         processor = open_processor(config)
         check_divides(
@@ -63,35 +69,47 @@ def main(config: Config) -> None:
             },
         )
         inputs = prepare(config, processor, train=True, evaluation=True, excluded=run.excluded)
-        run.excluded = inputs.excluded
         assert inputs.train is not None
         say(describe(inputs))
+        run.keep_to(
+            inputs.train.plan,
+            weight_steps(config.model.path) if config.model.freeze_vision else [],
+            inputs.excluded,
+        )
         targets = TargetLoader(PromptLoader(processor, inputs.train.records, config.data), length)
         for item in range(len(inputs.train.records)):
             targets.completion(item)  # one that is too long is named now, not in the middle
 
         # ---- weights, optimiser, programs ----
-        policy, params = open_policy(
-            config.model, processor, mesh, temperature=1.0, seed=config.seed
-        )
+        policy = open_policy(config.model, processor, temperature=1.0)
+        shapes = param_shapes(policy.config, mesh)
+        trained_shapes, frozen_shapes = split_frozen(shapes, config.model.freeze_vision)
         optimizer = make_optimizer(config.optim, config.sft.steps)
-        trained, frozen = split_frozen(params, config.model.freeze_vision)
-        state = run.restore(init_program(mesh, optimizer, trained)(trained))
-        del params, trained
-        layout = param_shardings(policy.config, mesh, SAMPLER_RULES)
-        publish = publish_program(policy, layout).lower(state.params, frozen).compile()
-        sampler = publish(state.params, frozen)
-        programs = [
-            compile_sft(config, mesh, policy, bucket, optimizer, state, frozen)
-            for bucket in inputs.buckets
-        ]
-        eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, sampler)
+        init = init_program(mesh, optimizer, trained_shapes).lower(trained_shapes)
+        frozen: Params = {}
+        if run.first_step == 0 or config.model.freeze_vision:
+            params = open_params(config.model, policy.config, mesh, config.seed)
+            trained, frozen = split_frozen(params, config.model.freeze_vision)
+            if run.first_step == 0:
+                state = init.compile()(trained)
+            del params, trained
+        if run.first_step:
+            state = run.restore(init.out_info)
+        publish, sampler_shapes = compile_publish(mesh, policy, trained_shapes, frozen_shapes)
+        programs = {
+            number: compile_sft(
+                config, mesh, policy, bucket, optimizer, init.out_info, frozen_shapes
+            )
+            for number, bucket in enumerate(inputs.train.offers)
+            if inputs.train.buckets[number]
+        }
+        eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, sampler_shapes)
 
         # ---- the loop ----
         loader = batches(
-            StepPlan(inputs.train.buckets, prompts, config.seed),
+            StepPlan(inputs.train.buckets, prompts, config.seed, inputs.train.spares),
             targets,
-            TargetCollator(PromptCollator(inputs.buckets, processor.pad_id), length),
+            TargetCollator(PromptCollator(inputs.train.offers, processor.pad_id), length),
             start_step=run.first_step,
             num_steps=config.sft.steps - run.first_step,
             rows=process_rows(mesh, prompts),
@@ -124,13 +142,21 @@ def main(config: Config) -> None:
                 stop_if_not_finite(int(metrics["skipped_in_a_row"]), batch.step, records, config)
                 if last or (config.eval.every and done % config.eval.every == 0):
                     sampler = publish(state.params, frozen)
-                    scores = run_evaluation(done, config, mesh, eval_programs, sampler, inputs, run)
+                    scores = evaluate.run_evaluation(
+                        done, config, mesh, eval_programs, sampler, inputs, run
+                    )
+                    del sampler
                     progress.print(evaluate.table({f"step {done}": scores}))
                 if last or done % config.checkpoint.every == 0:
                     run.save(done, state)
         progress.close()
         run.finish()
-    say(
+    say(closing_words(config))
+
+
+def closing_words(config: Config) -> str:
+    """What was written and what to do next."""
+    return (
         f"wrote {config.run_dir}\n"
         f"next: jaxgrpo train CONFIG model.path={config.run_dir}, or "
         f"jaxgrpo export {config.run_dir} {config.run_dir}-hf"

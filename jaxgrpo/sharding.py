@@ -45,6 +45,8 @@ RULES: dict[str, str | None] = {
 # network.
 SAMPLER_RULES = {axis: (None if mesh == FSDP else mesh) for axis, mesh in RULES.items()}
 
+_SHORT_MESSAGE = 1 << 14  # bytes, a power of two: a step's failures and more
+
 
 def start_processes() -> None:
     """Joins the other processes of the job, if the environment says that there are any.
@@ -76,7 +78,7 @@ def jax_finds_processes(environment: Mapping[str, str]) -> bool:
     It fails where it finds none, so the variables that it looks at must show a job of several.
     """
     # jax sets this one as it is imported where it finds TPU chips.
-    if "TPU_ML_PLATFORM" in environment and "tpu" in environment.get("JAX_PLATFORMS", "tpu"):
+    if "TPU_ML_PLATFORM" in environment and "tpu" in (environment.get("JAX_PLATFORMS") or "tpu"):
         hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
         if hosts is None:  # not GKE: jax asks the machine's metadata server, unless told not to
             return "TPU_SKIP_MDS_QUERY" not in environment
@@ -86,6 +88,12 @@ def jax_finds_processes(environment: Mapping[str, str]) -> bool:
     if "OMPI_MCA_orte_hnp_uri" in environment:
         return int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
     return False
+
+
+def say(text: str) -> None:
+    """Prints on one process of the job."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def make_mesh(config: MeshSection, devices: Any = None) -> Mesh:
@@ -188,8 +196,8 @@ def shape_on(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], dtype: Any
 
 
 def put_scalar(mesh: Mesh, value: int) -> jax.Array:
-    """A host number -> an int32 on every device."""
-    return jax.device_put(np.int32(value), NamedSharding(mesh, PartitionSpec()))
+    """A host number -> an int32 on every device; `device_put` would ask the other processes."""
+    return put_global(np.array(value, np.int32), NamedSharding(mesh, PartitionSpec()))
 
 
 def put_prompts(mesh: Mesh, batch: Any) -> Any:
@@ -219,20 +227,18 @@ def process_rows(mesh: Mesh, prompts: int) -> slice:
     return rows
 
 
-def gather_to_host(tree: Any) -> Any:
-    """Global arrays -> whole NumPy arrays on every process (a collective)."""
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, jax.device_get(tree))
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
 def gather_objects(value: Any) -> list[Any]:
-    """Each process's JSON-like value, in the order of the processes, on all of them."""
+    """Each process's JSON-like value, in the order of the processes, on all of them.
+
+    A collective. Messages are padded to few lengths, each an executable of its own, so that after
+    the first short one the next compile nothing.
+    """
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([len(text)])).ravel()
-    padded = np.zeros(int(sizes.max()), np.uint8)
+    longest = int(sizes.max())
+    padded = np.zeros(max(_SHORT_MESSAGE, 1 << (longest - 1).bit_length()), np.uint8)
     padded[: len(text)] = text
     rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
     return [

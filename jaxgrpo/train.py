@@ -16,38 +16,33 @@ from data.pipeline import batches
 from data.records import Record
 from data.sampling import StepPlan
 from jaxgrpo import evaluate
-from jaxgrpo.config import Config
-from jaxgrpo.inputs import Inputs, PromptCollator, PromptLoader, describe, prepare
-from jaxgrpo.load import open_policy, open_processor
+from jaxgrpo.config import Config, RolloutSection
+from jaxgrpo.inputs import PromptCollator, PromptLoader, describe, prepare
+from jaxgrpo.load import open_params, open_policy, open_processor, param_shapes, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
+from jaxgrpo.policy import Params
 from jaxgrpo.programs import (
     Scores,
     answer_shapes,
+    compile_publish,
     compile_train,
     init_program,
-    publish_program,
     score_program,
     truth_shapes,
 )
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
-    SAMPLER_RULES,
     check_divides,
-    gather_to_host,
     make_mesh,
-    param_shardings,
     process_rows,
     put_prompts,
     put_scalar,
+    say,
     start_processes,
 )
-from jaxgrpo.update import UpdateBatch, make_optimizer, split_frozen
+from jaxgrpo.update import UpdateBatch, make_optimizer, split_frozen, stop_if_not_finite
 from rewards.dual import truth_arrays
 from rewards.parse import parse_batch
-
-
-class NonFiniteError(ValueError):
-    """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
 def main(config: Config) -> None:
@@ -56,8 +51,17 @@ def main(config: Config) -> None:
     start_processes()
     mesh = make_mesh(config.mesh)
     prompts = config.rollout.prompts
+    if note := off_policy_note(config.rollout):
+        say(note)
 
     with CompileCounter() as compilations, RunDir(config, "train") as run:
+        if run.first_step == config.train.steps:
+            say(f"{config.run_dir} is finished: it has done its {config.train.steps} steps")
+            say(scores_table(run, config.train.steps))
+            run.finish()
+            say(closing_words(config))
+            return
+
         # ---- data: manifests, probes, buckets ----
         processor = open_processor(config)
         check_divides(
@@ -70,57 +74,73 @@ def main(config: Config) -> None:
         )
         rows = process_rows(mesh, prompts)  # of each batch, those that this process feeds
         inputs = prepare(config, processor, train=True, evaluation=True, excluded=run.excluded)
-        run.excluded = inputs.excluded
         assert inputs.train is not None
         say(describe(inputs))
+        needs_base = bool(config.grpo.kl) or config.model.freeze_vision  # when it is resumed too
+        run.keep_to(
+            inputs.train.plan,
+            weight_steps(config.model.path) if needs_base else [],
+            inputs.excluded,
+        )
 
         # ---- weights: policy, reference, optimiser ----
-        policy, params = open_policy(
-            config.model,
-            processor,
-            mesh,
-            temperature=config.rollout.temperature,
-            seed=config.seed,
-        )
+        policy = open_policy(config.model, processor, temperature=config.rollout.temperature)
+        shapes = param_shapes(policy.config, mesh)
+        trained_shapes, frozen_shapes = split_frozen(shapes, config.model.freeze_vision)
         optimizer = make_optimizer(config.optim, config.train.steps)
-        trained, frozen = split_frozen(params, config.model.freeze_vision)
-        reference = params if config.grpo.kl else None
-        state = run.restore(init_program(mesh, optimizer, trained)(trained))
-        del params, trained
+        init = init_program(mesh, optimizer, trained_shapes).lower(trained_shapes)
+        reference = None
+        frozen: Params = {}
+        if run.first_step == 0 or needs_base:
+            params = open_params(config.model, policy.config, mesh, config.seed)
+            reference = params if config.grpo.kl else None
+            trained, frozen = split_frozen(params, config.model.freeze_vision)
+            if run.first_step == 0:
+                state = init.compile()(trained)
+            del params, trained
+        if run.first_step:
+            state = run.restore(init.out_info)
 
         # ---- programs: everything is compiled before the first step ----
         started = time.perf_counter()
         say(f"compiling for prompts of at most {list(config.data.buckets)} tokens ...")
-        layout = param_shardings(policy.config, mesh, SAMPLER_RULES)
-        publish = publish_program(policy, layout).lower(state.params, frozen).compile()
-        sampler = publish(state.params, frozen)
-        programs = [
-            compile_train(config, mesh, policy, bucket, optimizer, state, frozen, sampler)
-            for bucket in inputs.buckets
-        ]
+        publish, sampler_shapes = compile_publish(mesh, policy, trained_shapes, frozen_shapes)
+        programs = {
+            number: compile_train(
+                config,
+                mesh,
+                policy,
+                bucket,
+                optimizer,
+                init.out_info,
+                frozen_shapes,
+                sampler_shapes,
+            )
+            for number, bucket in enumerate(inputs.train.offers)
+            if inputs.train.buckets[number]
+        }
         score_shapes = (
             answer_shapes(mesh, prompts, config.rollout.group),
-            truth_shapes(mesh, prompts, inputs.max_spans),
+            truth_shapes(mesh, prompts, inputs.train.max_spans),
         )
         score = (
             score_program(mesh, config.reward, config.grpo.divide_by_std)
             .lower(*score_shapes)
             .compile()
         )
-        eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, sampler)
+        eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, sampler_shapes)
         say(f"compiled in {time.perf_counter() - started:.0f} s")
 
         # ---- evaluation before the first step ----
+        sampler = publish(state.params, frozen)
         if run.first_step == 0:
-            scores_before = run_evaluation(0, config, mesh, eval_programs, sampler, inputs, run)
-        else:
-            scores_before = run.scores(step=0)
+            evaluate.run_evaluation(0, config, mesh, eval_programs, sampler, inputs, run)
 
         # ---- data: the step plan, loaded ahead ----
         loader = batches(
-            StepPlan(inputs.train.buckets, prompts, config.seed),
+            StepPlan(inputs.train.buckets, prompts, config.seed, inputs.train.spares),
             PromptLoader(processor, inputs.train.records, config.data),
-            PromptCollator(inputs.buckets, processor.pad_id),
+            PromptCollator(inputs.train.offers, processor.pad_id),
             start_step=run.first_step,
             num_steps=config.train.steps - run.first_step,
             rows=rows,
@@ -146,7 +166,7 @@ def main(config: Config) -> None:
                 ref_logp = None
                 if program.reference is not None:
                     ref_logp = program.reference(reference, on_device, features, rollout.tokens)
-                tokens, lengths, finished = gather_to_host(
+                tokens, lengths, finished = jax.device_get(
                     (rollout.tokens, rollout.lengths, rollout.finished)
                 )
                 sampled_at = time.perf_counter()
@@ -155,7 +175,7 @@ def main(config: Config) -> None:
                 texts = [[processor.decode(ids) for ids in row] for row in tokens[rows]]
                 tasks = [record.task for record in records]
                 answers = parse_batch(texts, tasks, thinking=config.data.thinking)
-                truth = truth_arrays(records, inputs.max_spans)
+                truth = truth_arrays(records, inputs.train.max_spans)
                 scores = score(*put_prompts(mesh, (answers, truth)))
                 scored_at = time.perf_counter()
 
@@ -180,7 +200,7 @@ def main(config: Config) -> None:
                 on_device = put_prompts(mesh, following.prompts) if following else None
 
                 # ---- metrics ----
-                updated, earned = jax.device_get(updated), gather_to_host(scores)
+                updated, earned = jax.device_get((updated, scores))
                 ended = time.perf_counter()
                 for line in run.note_failures(batch.failures, inputs.train.records):
                     progress.print(line)
@@ -190,7 +210,7 @@ def main(config: Config) -> None:
                     "compilations": compilations.total,
                     "time/rollout": sampled_at - begun,
                     "time/reward": scored_at - sampled_at,
-                    "time/update": ended - scored_at,
+                    "time/update": ended - scored_at - waited,
                     "time/data_wait": waited,
                     "time/step": ended - begun,
                     "throughput/tokens_per_second": int(lengths.sum()) / (ended - begun),
@@ -206,41 +226,30 @@ def main(config: Config) -> None:
                 # ---- evaluation, checkpoint ----
                 done = step + 1
                 if following is None or (config.eval.every and done % config.eval.every == 0):
-                    scores_after = run_evaluation(
-                        done, config, mesh, eval_programs, sampler, inputs, run
-                    )
-                    if following is None:
-                        progress.close()
-                        say(evaluate.table({"before": scores_before, "after": scores_after}))
+                    evaluate.run_evaluation(done, config, mesh, eval_programs, sampler, inputs, run)
                 if following is None or done % config.checkpoint.every == 0:
                     run.save(done, state)
                 batch = following
+        progress.close()
+        say(scores_table(run, config.train.steps))
         run.finish()
     say(closing_words(config))
 
 
-def say(text: str) -> None:
-    """Prints on one process of the job."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
+def off_policy_note(section: RolloutSection) -> str | None:
+    """What to tell the user about sampling from a part of the distribution; None if it is whole."""
+    if section.top_p == 1 and section.top_k == 0:
+        return None
+    return (
+        f"warning: with rollout.top_p={section.top_p} and rollout.top_k={section.top_k} completions "
+        "are drawn from a part of the policy's distribution, while the update takes them as draws "
+        "from all of it; 1 and 0 are on-policy"
+    )
 
 
-def run_evaluation(
-    step: int,
-    config: Config,
-    mesh: Any,
-    programs: evaluate.EvalPrograms,
-    sampler: Any,
-    inputs: Inputs,
-    run: RunDir,
-) -> dict[str, float]:
-    """Evaluates and writes the scores and a few predictions down."""
-    started = time.perf_counter()
-    scores, predictions = evaluate.evaluate(config, mesh, programs, sampler, inputs)
-    run.write(step, "eval", scores | {"time/eval": time.perf_counter() - started})
-    shown = evaluate.first_of_each_task(predictions, config.log.samples)
-    run.write_completions(step, "eval", [evaluate.sample(p) for p in shown])
-    return scores
+def scores_table(run: RunDir, last: int) -> str:
+    """The recorded scores before the first and after the last step."""
+    return evaluate.table({"before": run.scores(step=0), "after": run.scores(step=last)})
 
 
 def step_metrics(
@@ -284,22 +293,6 @@ def samples(
         )
         for p, record in enumerate(records[:count])
     ]
-
-
-def stop_if_not_finite(in_a_row: int, step: int, records: Sequence[Record], config: Config) -> None:
-    """Ends the run when too many steps in a row were skipped.
-
-    Raises:
-      NonFiniteError: names the step and its items.
-    """
-    if in_a_row >= config.train.max_nonfinite_steps:
-        names = ", ".join(record.id for record in records)
-        raise NonFiniteError(
-            f"{in_a_row} steps in a row had a loss or gradient that is not finite; the last was "
-            f"step {step} with {names}. The weights are those before the first of them. Start "
-            "another run (a new run_dir, and model.path may be this one) with a lower "
-            "optim.learning_rate or with model.compute_dtype=float32"
-        )
 
 
 def closing_words(config: Config) -> str:

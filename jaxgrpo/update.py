@@ -6,7 +6,7 @@ Legend: P prompts, G completions per prompt, S prompt tokens, C completion token
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +14,15 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxgrpo.config import GrpoSection, OptimSection
+from data.records import Record
+from jaxgrpo.config import Config, GrpoSection, OptimSection
 from jaxgrpo.grpo import LossInputs, completion_mask, grpo_loss, token_weights
 from jaxgrpo.policy import Params, Policy
 from models.qwen2_5_vl.processor import Prompt
+
+
+class NonFiniteError(ValueError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
 class TrainState(NamedTuple):
@@ -199,3 +204,19 @@ def apply_gradients(
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     return TrainState(params, optimizer.init(params), skipped=jnp.zeros((), jnp.int32))
+
+
+def stop_if_not_finite(in_a_row: int, step: int, records: Sequence[Record], config: Config) -> None:
+    """Ends the run when too many steps in a row were skipped.
+
+    Raises:
+      NonFiniteError: names the step and its items.
+    """
+    if in_a_row >= config.train.max_nonfinite_steps:
+        names = ", ".join(record.id for record in records)
+        raise NonFiniteError(
+            f"{in_a_row} steps in a row had a loss or gradient that is not finite; the last was "
+            f"step {step} with {names}. The weights are those before the first of them. Start "
+            "another run (a new run_dir, and model.path may be this one) with a lower "
+            "optim.learning_rate or with model.compute_dtype=float32"
+        )

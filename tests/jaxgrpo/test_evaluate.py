@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.records import Record
+from data.records import Record, read_manifest, write_manifest
 from jaxgrpo import evaluate
 from jaxgrpo.config import MeshSection
 from jaxgrpo.evaluate import EvalPrograms, Prediction, best_constant_span, summarise
@@ -168,7 +169,39 @@ def parrot(config: Any, mesh: Any, inputs: Inputs) -> EvalPrograms:
         return Rollout(tokens, lengths, logp, finished), None
 
     score = score_program(mesh, config.reward, divide_by_std=False)
-    return EvalPrograms((rollout,) * len(inputs.buckets), score)
+    return EvalPrograms(dict.fromkeys(range(len(inputs.evaluation.offers)), rollout), score)
+
+
+def test_a_bucket_whose_only_item_is_bad_is_not_scored(place: Workplace, tmp_path: Path) -> None:
+    records = read_manifest(place.clips / "mixed_eval.jsonl", place.clips)
+    records = [
+        dataclasses.replace(r, question=f"{r.question} Be quick." * 3) if r.id == "cut" else r
+        for r in records
+    ]
+    write_manifest(tmp_path / "eval.jsonl", records)
+    overrides = [f"data.eval={tmp_path / 'eval.jsonl'}", "eval.batch=8"]
+    config = tiny_run.load_config(place, *overrides, "data.buckets=[104, 300]")
+    processor = open_processor(config)
+    inputs = prepare(config, processor, train=False, evaluation=True)
+    cut = next(i for i, r in enumerate(inputs.evaluation.records) if r.id == "cut")
+    assert inputs.evaluation.buckets[1] == (cut,)
+    mesh = make_mesh(MeshSection())
+    predictions, failures = evaluate.predict(
+        config, mesh, parrot(config, mesh, inputs), {}, inputs, inputs.evaluation
+    )
+    assert [p.record.id for p in predictions] == [r.id for r in records if r.id != "cut"]
+    assert list(failures) == ["cut"]
+
+
+def test_a_plain_model_directory_is_scored(place: Workplace, tmp_path: Path) -> None:
+    model = tiny_run.random_model(place)
+    overrides = [f"model.path={model}", "model.init=checkpoint", *tiny_run.mixed(place)]
+    finished = tiny_run.run(place, "eval", tmp_path, *overrides)
+    scores = json.loads((tmp_path / "eval.json").read_text())
+    assert (scores["items"], scores["items_failed"], scores["items_swapped"]) == (9, 1, 3)
+    assert scores["format"] == 0  # random weights
+    # What is evaluated is said before it is.
+    assert finished.out.index("eval: 10 items") < finished.out.index("not scored cut: truncated")
 
 
 def test_a_run_directory_scores_what_its_training_said_last(
@@ -218,3 +251,11 @@ def test_the_table_has_a_column_for_each_evaluation() -> None:
     )
     lines = [line.split() for line in shown.splitlines()]
     assert lines == [["before", "after"], ["tvg/mIoU", "0.100", "0.250"], ["format", "1.000", "-"]]
+
+
+def test_a_long_title_stands_above_its_column() -> None:
+    shown = evaluate.table({"runs/a-long-name": {"format": 1.0}, "b": {"format": 0.5}})
+    title, row = shown.splitlines()
+    assert title.split() == ["runs/a-long-name", "b"]
+    assert title.index("name") + len("name") == row.index("1.000") + len("1.000")
+    assert len(title) == len(row)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
 from data.prompts import target_text
 from data.records import Record, read_manifest, write_manifest
-from jaxgrpo import cli
+from jaxgrpo import cli, sharding
 from jaxgrpo.config import Config, DataSection
 from jaxgrpo.inputs import (
     InputError,
@@ -71,7 +76,7 @@ def test_every_item_is_in_the_smallest_bucket_that_holds_it(
     inputs: Inputs, widths: list[int]
 ) -> None:
     assert all(inputs.train.buckets)
-    assert [bucket.tokens for bucket in inputs.buckets] == widths
+    assert [bucket.tokens for bucket in inputs.train.offers] == widths
     for dataset in (inputs.train, inputs.evaluation, inputs.swapped):
         assert sorted(sum(dataset.buckets, ())) == list(range(len(dataset.records)))
         for number, items in enumerate(dataset.buckets):
@@ -81,14 +86,64 @@ def test_every_item_is_in_the_smallest_bucket_that_holds_it(
 
 
 def test_a_bucket_offers_what_its_largest_prompt_needs(inputs: Inputs) -> None:
-    for number, bucket in enumerate(inputs.buckets):
-        sizes = [
-            dataset.sizes[item]
-            for dataset in (inputs.train, inputs.evaluation, inputs.swapped)
-            for item in dataset.buckets[number]
-        ]
-        for name in ("patches", "windows", "frames", "frame_patches"):
-            assert max(size._asdict()[name] for size in sizes) == bucket._asdict()[name]
+    """Of training, and of evaluation with its swapped videos."""
+    assert inputs.swapped.offers == inputs.evaluation.offers
+    for datasets in ((inputs.train,), (inputs.evaluation, inputs.swapped)):
+        for number, bucket in enumerate(datasets[0].offers):
+            sizes = [
+                dataset.sizes[item] for dataset in datasets for item in dataset.buckets[number]
+            ]
+            for name in ("patches", "windows", "frames", "frame_patches"):
+                most = max((size._asdict()[name] for size in sizes), default=0)
+                assert most == bucket._asdict()[name]
+
+
+def test_training_is_sized_without_evaluation(
+    place: Workplace, processor: Processor, tmp_path: Path
+) -> None:
+    """eval.limit may change when a run is resumed; its programs and its steps must not."""
+    short = read_manifest(place.clips / "train.jsonl", place.clips)[0]
+    cut = next(
+        record
+        for record in read_manifest(place.clips / "mixed.jsonl", place.clips)
+        if record.id == "cut"  # by its index 10 s, twice as long as the others
+    )
+    write_manifest(tmp_path / "train.jsonl", [short])
+    twice = dataclasses.replace(cut, id="twice", spans=((0.0, 1.0), (2.0, 3.0)))
+    write_manifest(tmp_path / "eval.jsonl", [short, twice])
+    config = tiny_run.load_config(
+        place,
+        *(f"data.{name}={tmp_path / name}.jsonl" for name in ("train", "eval")),
+        "data.buckets=[1000]",
+    )
+    inputs = prepare(config, processor, train=True, evaluation=True)
+    assert inputs.train.offers[0] == inputs.train.sizes[0]._replace(tokens=1000)
+    assert inputs.evaluation.offers[0].frames > inputs.train.offers[0].frames
+    assert (inputs.train.max_spans, inputs.evaluation.max_spans) == (1, 2)
+
+
+def test_the_plan_of_a_dataset_notices_whatever_changes_its_steps(inputs: Inputs) -> None:
+    train, plan = inputs.train, inputs.train.plan
+    assert json.loads(json.dumps(plan)) == plan  # as a checkpoint gives it back
+    first, *rest = train.records
+    for records in (
+        (dataclasses.replace(first, question="What now?"), *rest),
+        (dataclasses.replace(first, video="other.mp4"), *rest),
+        (*rest, first),
+    ):
+        assert train._replace(records=records).plan["items"] != plan["items"]
+    sizes = (train.sizes[0]._replace(frames=99), *train.sizes[1:])
+    assert train._replace(sizes=sizes).plan["items"] != plan["items"]
+    assert train._replace(offers=train.offers[:-1]).plan != plan
+    assert train._replace(max_spans=7).plan != plan
+
+
+def test_a_spare_of_a_bucket_is_an_item_of_another_that_it_holds(inputs: Inputs) -> None:
+    train = inputs.train
+    assert any(train.spares)
+    for number, spares in enumerate(train.spares):
+        others = set(range(len(train.records))) - set(train.buckets[number])
+        assert set(spares) == {i for i in others if train.sizes[i].fits(train.offers[number])}
 
 
 def test_a_measured_prompt_is_what_is_loaded(config: Config, inputs: Inputs) -> None:
@@ -110,6 +165,73 @@ def test_a_bad_video_is_left_out_and_named(config: Config, inputs: Inputs) -> No
     assert "train: 13 items (4 gqa, 4 mcqa, 5 tvg)" in text
     assert "1 items left out, their videos cannot be read" in text
     assert f"  notes: {config.data.root}/{tiny_run.NOTES}: OpenCV finds no video" in text
+
+
+def test_a_video_of_an_impossible_shape_is_left_out_and_named(
+    place: Workplace, processor: Processor, tmp_path: Path
+) -> None:
+    records = evaluation_records(place)
+    shutil.copytree(place.clips, tmp_path / "clips")
+    strip = tmp_path / "clips" / "strip.mp4"
+    writer = cv2.VideoWriter(str(strip), cv2.VideoWriter_fourcc(*"mp4v"), 25, (1208, 6))
+    for _ in range(50):
+        writer.write(np.zeros((6, 1208, 3), np.uint8))
+    writer.release()
+    odd = dataclasses.replace(records[0], id="odd", video="strip.mp4", duration=None)
+    write_manifest(tmp_path / "eval.jsonl", [*records, odd])
+    config = tiny_run.load_config(
+        place, f"data.eval={tmp_path / 'eval.jsonl'}", f"data.root={tmp_path / 'clips'}"
+    )
+    inputs = prepare(config, processor, train=False, evaluation=True)
+    assert [record.id for record in inputs.evaluation.records] == [r.id for r in records]
+    reason = inputs.excluded["data.eval/odd"]
+    assert reason.startswith(f"odd: {strip}: ") and "aspect ratio above 200" in reason
+
+
+def test_a_question_that_spells_a_placeholder_is_named(
+    place: Workplace, processor: Processor, tmp_path: Path
+) -> None:
+    record = dataclasses.replace(
+        evaluation_records(place)[0], id="rude", question="What is <|video_pad|>?"
+    )
+    write_manifest(tmp_path / "eval.jsonl", [record])
+    config = tiny_run.load_config(place, f"data.eval={tmp_path / 'eval.jsonl'}")
+    with pytest.raises(InputError, match=r"record 'rude': its question .*<\|video_pad\|>; remove"):
+        prepare(config, processor, train=False, evaluation=True)
+
+
+# ---- several hosts ----
+
+
+def test_a_video_that_one_host_cannot_read_is_left_out_by_all(
+    config: Config, processor: Processor, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = inputs.train.records[0].id
+    asked = []
+
+    def gather(value: dict[str, Any]) -> list[dict[str, Any]]:
+        asked.append(value)
+        return [value, {name: f"{name}: not on this disk"}] if len(asked) == 1 else [value, value]
+
+    monkeypatch.setattr(sharding, "gather_objects", gather)
+    found = prepare(config, processor, train=True, evaluation=True)
+    assert "notes" in asked[0]  # what this host could not read itself
+    assert found.train.records == inputs.train.records[1:]
+    assert found.excluded == inputs.excluded | {f"data.train/{name}": f"{name}: not on this disk"}
+
+
+def test_hosts_that_see_other_data_are_told_apart(
+    config: Config, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(value: dict[str, Any]) -> list[dict[str, Any]]:
+        if "data.eval" not in value:  # what could not be read
+            return [value, value]
+        other = value["data.eval"] | {"items": "9 with digest 0"}
+        return [value, value | {"data.eval": other}]
+
+    monkeypatch.setattr(sharding, "gather_objects", gather)
+    with pytest.raises(InputError, match="process 1 finds other items or videos in data.eval"):
+        prepare(config, processor, train=True, evaluation=True)
 
 
 def test_what_a_run_left_out_stays_out_with_its_reason(
@@ -229,7 +351,7 @@ def targets(config: Config, inputs: Inputs) -> TargetLoader:
 def test_loaders_and_collators_pass_between_processes(
     config: Config, inputs: Inputs, targets: TargetLoader
 ) -> None:
-    collate = TargetCollator(PromptCollator(inputs.buckets, inputs.processor.pad_id), 32)
+    collate = TargetCollator(PromptCollator(inputs.train.offers, inputs.processor.pad_id), 32)
     again, collate_again = pickle.loads(pickle.dumps((targets, collate)))
     item = inputs.train.buckets[2][0]
     found = collate_again([again(item), again(item)], 2)
@@ -238,13 +360,20 @@ def test_loaders_and_collators_pass_between_processes(
         np.testing.assert_array_equal(a, b)
 
 
+def test_worker_processes_get_no_jax_with_their_loader() -> None:
+    code = "import sys, jaxgrpo.inputs; sys.exit(any(m in sys.modules for m in ('jax', 'flax')))"
+    subprocess.run([sys.executable, "-c", code], cwd=tiny_run.ROOT, check=True)
+
+
 def test_a_batch_of_targets_is_padded_to_its_bucket_and_to_c(
     inputs: Inputs, targets: TargetLoader
 ) -> None:
     pad = inputs.processor.pad_id
     items = inputs.train.buckets[0][:2]
-    batch = TargetCollator(PromptCollator(inputs.buckets, pad), 32)([targets(i) for i in items], 0)
-    assert batch.prompt.tokens.shape == (2, inputs.buckets[0].tokens)
+    batch = TargetCollator(PromptCollator(inputs.train.offers, pad), 32)(
+        [targets(i) for i in items], 0
+    )
+    assert batch.prompt.tokens.shape == (2, inputs.train.offers[0].tokens)
     assert batch.completion.shape == (2, 1, 32)
     for row, item in enumerate(items):
         length = int(batch.length[row, 0])

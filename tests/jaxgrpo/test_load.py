@@ -22,7 +22,14 @@ from data.records import read_manifest
 from jaxgrpo import cli
 from jaxgrpo.config import MeshSection
 from jaxgrpo.inputs import PromptLoader
-from jaxgrpo.load import load_params, model_directory, open_processor, restore_params, vocabulary_of
+from jaxgrpo.load import (
+    load_params,
+    model_directory,
+    open_processor,
+    restore_params,
+    vocabulary_of,
+    weight_steps,
+)
 from jaxgrpo.sharding import make_mesh, param_shardings
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model
@@ -113,6 +120,23 @@ def test_a_run_that_has_no_checkpoint_yet(
     (tmp_path / "early" / "checkpoints").mkdir(parents=True)
     message = mistake(place, tmp_path / "early", tmp_path, capsys)
     assert f"{tmp_path / 'early'} holds no checkpoint yet" in message
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_random_weights_do_not_take_the_place_of_a_runs(
+    place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    cold_start = tiny_run.cold_start(place)
+    overrides = [f"run_dir={tmp_path / 'run'}", f"model.path={cold_start}", "model.init=random"]
+    assert cli.main([command, str(place.config), *overrides]) == 2
+    message = capsys.readouterr().err
+    assert f"model.path={cold_start} is a run" in message and "model.init=checkpoint" in message
+
+
+def test_the_checkpoints_that_weights_come_from_are_known_by_their_steps(place: Workplace) -> None:
+    assert weight_steps(TINY) == []
+    assert weight_steps(tiny_run.cold_start(place)) == [16]
+    assert weight_steps(tiny_run.reference(place)) == [tiny_run.STEPS]  # it trained all weights
 
 
 def test_what_may_be_emitted_is_text_and_the_end_of_turn(place: Workplace) -> None:

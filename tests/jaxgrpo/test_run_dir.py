@@ -11,7 +11,7 @@ import pytest
 from data.pipeline import Failure
 from data.records import read_manifest
 from jaxgrpo import config as configs
-from jaxgrpo.checkpoint import Command
+from jaxgrpo.checkpoint import Command, abstract
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.run_dir import RunDir, is_run, read_config
 from jaxgrpo.update import TrainState
@@ -33,10 +33,9 @@ def state(value: float) -> TrainState:
     return TrainState({"w": jnp.full(3, value)}, (zero,), zero)
 
 
-def test_a_new_run_starts_from_the_state_it_is_given(place: Workplace, tmp_path: Path) -> None:
+def test_a_new_run_starts_with_nothing(place: Workplace, tmp_path: Path) -> None:
     with RunDir(config_of(place, tmp_path / "run"), "train") as run:
-        given = state(1.0)
-        assert run.first_step == 0 and run.restore(given) is given
+        assert run.first_step == 0
         assert (run.excluded, run.failures) == ({}, {})
 
 
@@ -44,7 +43,7 @@ def test_a_run_remembers_its_state_and_its_bad_videos(place: Workplace, tmp_path
     config = config_of(place, tmp_path / "run")
     records = read_manifest(place.clips / "mixed.jsonl", place.clips)
     with RunDir(config, "train") as run:
-        run.excluded = {"notes": "notes: not a video"}
+        run.keep_to({}, [], {"notes": "notes: not a video"})
         failures = [Failure(5, "truncated", "cut.mp4: ends early")]
         assert run.note_failures(failures, records) == [
             "replaced cut: truncated: cut.mp4: ends early"
@@ -56,7 +55,8 @@ def test_a_run_remembers_its_state_and_its_bad_videos(place: Workplace, tmp_path
         assert run.excluded == {"notes": "notes: not a video"}
         assert run.failures == {"cut": "truncated: cut.mp4: ends early"}
         assert run.note_failures(failures, records) == []
-        np.testing.assert_array_equal(run.restore(state(0.0)).params["w"], [2.0, 2.0, 2.0])
+        found = run.restore(abstract(state(0.0)))
+        np.testing.assert_array_equal(found.params["w"], [2.0, 2.0, 2.0])
 
 
 def test_lines_after_the_checkpoint_are_cut(place: Workplace, tmp_path: Path) -> None:
@@ -110,3 +110,69 @@ def test_another_command_and_another_config_are_refused(place: Workplace, tmp_pa
         RunDir(config_of(place, tmp_path / "run"), "sft")
     with pytest.raises(ConfigError, match=r"grpo.clip_low: saved 0.2, now 0.1"):
         RunDir(config_of(place, tmp_path / "run", "grpo.clip_low=0.1"), "train")
+
+
+# ---- the plan that a run keeps to ----
+
+PLAN = {
+    "items": "3 with digest abc",
+    "bucket sizes": [{"tokens": 80}],
+    "spans of an item at most": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "plan, base, says",
+    [
+        (
+            PLAN | {"items": "2 with digest d"},
+            [4],
+            "items: 3 with digest abc then, 2 with digest d",
+        ),
+        (PLAN | {"bucket sizes": [{"tokens": 81}]}, [4], "bucket sizes: .*80.* then, .*81.* now"),
+        (PLAN | {"spans of an item at most": 2}, [4], "spans of an item at most: 1 then, 2 now"),
+        (PLAN, [5], r"model.path, steps of its checkpoints: \[4\] then, \[5\] now"),
+    ],
+)
+def test_a_run_with_another_plan_is_refused(
+    place: Workplace, tmp_path: Path, plan: dict[str, object], base: list[int], says: str
+) -> None:
+    config = config_of(place, tmp_path / "run")
+    with RunDir(config, "train") as run:
+        run.keep_to(PLAN, [4], {"data.train/a": "a: gone"})
+        run.save(1, state(1.0))
+    excluded = {"data.train/a": "a: gone", "data.train/b": "b: cut", "data.eval/c": "c: cut"}
+    with RunDir(config, "train") as run, pytest.raises(ConfigError, match=says) as refusal:
+        run.keep_to(plan, base, excluded)
+    assert "cannot be read now: b: cut" in str(refusal.value)
+    assert "a: gone" not in str(refusal.value) and "c: cut" not in str(refusal.value)
+    with RunDir(config, "train") as run:
+        run.keep_to(PLAN, [4], {"data.train/a": "a: gone"})
+
+
+# ---- before the first checkpoint ----
+
+
+def test_another_run_does_not_take_the_place_of_one_without_a_checkpoint(
+    place: Workplace, tmp_path: Path
+) -> None:
+    config = config_of(place, tmp_path / "run")
+    with RunDir(config, "train") as run:
+        run.write(0, "eval", {"format": 0.25})
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    assert len(before) == 2
+    with pytest.raises(ConfigError, match="seed: saved 3, now 4"):
+        RunDir(config_of(place, tmp_path / "run", "seed=4"), "train")
+    with pytest.raises(ConfigError, match="holds a run of `jaxgrpo train`"):
+        RunDir(config, "sft")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
+    with RunDir(config_of(place, tmp_path / "run", "train.steps=9"), "train"):
+        assert tiny_run.lines(tmp_path / "run") == []  # the same run, from its start
+
+
+def test_a_start_that_wrote_no_score_may_be_mended(place: Workplace, tmp_path: Path) -> None:
+    with RunDir(config_of(place, tmp_path / "run"), "train"):
+        pass
+    mended = config_of(place, tmp_path / "run", "data.buckets=[200]")
+    with RunDir(mended, "train") as run:
+        assert configs.load(run.path / "config.yaml") == mended

@@ -22,14 +22,25 @@ from jaxgrpo.config import (
     OptimSection,
     RolloutSection,
 )
+from jaxgrpo.load import param_shapes
 from jaxgrpo.policy import Params
-from jaxgrpo.programs import init_program, publish_program, rollout_program, update_program
+from jaxgrpo.programs import (
+    answer_shapes,
+    compile_publish,
+    init_program,
+    prompt_shapes,
+    publish_program,
+    rollout_program,
+    scalar_shape,
+    score_program,
+    truth_shapes,
+    update_program,
+)
 from jaxgrpo.rollout import Rollout, Sampling
 from jaxgrpo.sharding import (
     PROMPTS,
     SAMPLER_RULES,
     check_divides,
-    gather_to_host,
     jax_finds_processes,
     make_mesh,
     param_shardings,
@@ -40,6 +51,7 @@ from jaxgrpo.sharding import (
     shardings_like,
 )
 from jaxgrpo.update import UpdateBatch, make_optimizer
+from models.qwen2_5_vl.processor import Size
 from tests.jaxgrpo.cases import (
     LAYOUTS,
     TEMPERATURE,
@@ -60,6 +72,7 @@ CONFIG = Config(
     # A large eps keeps Adam's first step in proportion to the gradient, instead of to its sign.
     optim=OptimSection(learning_rate=0.1, eps=0.1, clip_norm=1e6),
 )
+BUCKET = Size(tokens=32, patches=16, windows=1, frames=1, frame_patches=16)
 MESHES = {
     "8x1x1": MeshSection(data=8),
     "1x4x2": MeshSection(data=1, fsdp=4, tensor=2),
@@ -125,12 +138,12 @@ def run_step(small: SmallModel, batch: UpdateBatch) -> Any:
         moments = after.opt_state[0].mu
         assert_laid_out(moments, shardings)
         return StepResult(
-            rollout=gather_to_host(rollout),
+            rollout=jax.device_get(rollout),
             loss=float(metrics["loss"]),
             metrics={k: float(v) for k, v in metrics.items()},
-            gradients=jax.tree.map(lambda m: m / (1 - CONFIG.optim.b1), gather_to_host(moments)),
+            gradients=jax.tree.map(lambda m: m / (1 - CONFIG.optim.b1), jax.device_get(moments)),
             moved=jax.tree.map(
-                lambda new, old: new - np.asarray(old), gather_to_host(after.params), small.params
+                lambda new, old: new - np.asarray(old), jax.device_get(after.params), small.params
             ),
         )
 
@@ -222,12 +235,29 @@ def test_every_device_gets_its_rows_of_a_batch() -> None:
         data, fsdp, _ = np.argwhere(mesh.devices == shard.device)[0]
         first = (data * 2 + fsdp) * 2
         np.testing.assert_array_equal(shard.data, rows[first : first + 2])
-    np.testing.assert_array_equal(gather_to_host(array), rows)
+    np.testing.assert_array_equal(jax.device_get(array), rows)
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_a_single_process_feeds_all_rows(name: str) -> None:
     assert process_rows(make_mesh(MESHES[name]), 8) == slice(0, 8)
+
+
+def test_what_the_host_reads_is_whole_on_every_device(small: SmallModel) -> None:
+    """A process reads it without asking the others: only its own shards are there."""
+    mesh = make_mesh(MESHES["2x2x2"])
+    shapes = param_shapes(small.policy.config, mesh)
+    _, sampler = compile_publish(mesh, small.policy, shapes, {})
+    prompt = prompt_shapes(mesh, small.policy.config.vision, BUCKET, PROMPT_COUNT)
+    scalar = scalar_shape(mesh)
+    program = rollout_program(mesh, small.policy, Sampling(GROUP, WIDTH, 1.0), keep_features=False)
+    rollout, _ = program.lower(sampler, prompt, scalar, scalar).out_info
+    whole = {name for name, x in rollout._asdict().items() if x.sharding.is_fully_replicated}
+    assert whole == {"tokens", "lengths", "finished"}
+    scores = score_program(mesh, CONFIG.reward, divide_by_std=True).lower(
+        answer_shapes(mesh, PROMPT_COUNT, GROUP), truth_shapes(mesh, PROMPT_COUNT, 1)
+    )
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(scores.out_info))
 
 
 # ---- which processes ----
@@ -253,6 +283,7 @@ TPU = {"TPU_ML_PLATFORM": "JAX"}  # set by jax where it finds chips
         (TPU, True),  # a TPU VM: its metadata server knows
         (TPU | {"TPU_SKIP_MDS_QUERY": "1"}, False),
         (TPU | {"JAX_PLATFORMS": "cpu"}, False),
+        (TPU | {"JAX_PLATFORMS": ""}, True),  # as if it were not set
         (TPU | {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, True),  # GKE
         (TPU | {"TPU_WORKER_HOSTNAMES": "a"}, False),
         (TPU | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from data.records import read_manifest
 from jaxgrpo import cli
 from jaxgrpo.config import MeshSection
 from jaxgrpo.load import load_params, restore_params
@@ -75,6 +76,13 @@ def test_a_run_learns_from_its_rewards(reference: Path) -> None:
     assert all(line["sampler_gap"] < 1e-4 for line in lines)
 
 
+def test_the_times_of_a_step_add_up(reference: Path) -> None:
+    """No second is counted twice, and none is left out."""
+    for line in tiny_run.lines(reference, "train"):
+        parts = [line[f"time/{part}"] for part in ("rollout", "reward", "update", "data_wait")]
+        assert sum(parts) == pytest.approx(line["time/step"], abs=1e-7)
+
+
 def test_completions_are_kept_with_their_rewards(reference: Path) -> None:
     kept = [json.loads(x) for x in (reference / "completions.jsonl").read_text().splitlines()]
     train = [line for line in kept if line["split"] == "train"]
@@ -113,7 +121,7 @@ def test_nothing_compiles_after_the_first_step(reference: Path) -> None:
     }
 
 
-def expected_programs(buckets: int, kl: bool) -> collections.Counter[str]:
+def expected_programs(buckets: int, kl: bool, resumed: bool = False) -> collections.Counter[str]:
     """What a run compiles: programs x buckets, and those that see no prompt once."""
     return collections.Counter(
         {
@@ -122,7 +130,7 @@ def expected_programs(buckets: int, kl: bool) -> collections.Counter[str]:
             "jit(update)": buckets,
             "jit(score)": 2,  # of G and of one
             "jit(publish)": 1,
-            "jit(init)": 1,  # the first training state
+            "jit(init)": not resumed,  # the first training state
         }
     )
 
@@ -147,12 +155,14 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
     overrides = [*tiny_run.started(place), *tiny_run.mixed(place)]
     # In the order of a run: each start passes the point that the one before died at.
     for point in ("checkpoint:2", "line:4", "evaluation:1", "update:6"):
-        tiny_run.run(place, "train", run_dir, *overrides, kill=point)
+        workers = "data.workers=1" if point == "line:4" else "data.workers=0"
+        tiny_run.run(place, "train", run_dir, *overrides, workers, kill=point)
     counts = place.folder / "killed.json"
     last = tiny_run.run(place, "train", run_dir, *overrides, counts=counts)
     assert_equals_reference(run_dir, reference)
     # The last start, which resumed at step 4, compiled what a run compiles.
-    assert json.loads(counts.read_text()) == expected_programs(1, kl=True)
+    expected = expected_programs(1, kl=True, resumed=True)
+    assert collections.Counter(json.loads(counts.read_text())) == +expected
     # It knows what was left out and what the scores were when the run began.
     assert "notes: " in last.out
     row = next(x for x in last.out.splitlines() if x.startswith("tvg/mIoU "))
@@ -191,6 +201,54 @@ def test_a_finished_run_goes_on_to_a_later_end(place: Workplace, reference: Path
     assert added == [(STEPS + 1, "train"), (STEPS + 1, "eval")]
 
 
+def test_a_finished_run_shows_its_scores_and_compiles_nothing(
+    place: Workplace, reference: Path
+) -> None:
+    run_dir, counts = place.folder / "finished", place.folder / "finished.json"
+    shutil.copytree(reference, run_dir)
+    (run_dir / "curves.png").unlink()  # as if it was killed after its last checkpoint
+    overrides = [*tiny_run.started(place), *tiny_run.mixed(place)]
+    again = tiny_run.run(place, "train", run_dir, *overrides, counts=counts)
+    assert json.loads(counts.read_text()) == {}
+    assert f"{run_dir} is finished: it has done its {STEPS} steps" in again.out
+    row = next(x for x in again.out.splitlines() if x.startswith("tvg/mIoU "))
+    before, after = (tiny_run.lines(reference, "eval")[i]["tvg/mIoU"] for i in (0, -1))
+    assert row.split()[1:] == [f"{before:.3f}", f"{after:.3f}"]
+    assert (run_dir / "curves.png").exists() and f"next: jaxgrpo export {run_dir}" in again.out
+    assert tiny_run.lines(run_dir) == tiny_run.lines(reference)
+
+
+def test_a_resumed_run_reads_the_weights_it_began_with_only_where_it_needs_them(
+    place: Workplace,
+) -> None:
+    """Without a KL term and with all weights trained its checkpoint has everything."""
+    model, run_dir = place.folder / "emptied", place.folder / "kl_free"
+    shutil.copytree(tiny_run.random_model(place), model)
+    overrides = [f"model.path={model}", "model.init=checkpoint", *tiny_run.mixed(place)]
+    overrides += ["grpo.kl=0", "train.steps=3", "eval.every=0", "eval.limit=4"]
+    tiny_run.run(place, "train", run_dir, *overrides, kill="update:3")
+    (model / "model.safetensors").unlink()
+    tiny_run.run(place, "train", run_dir, *overrides)
+    assert tiny_run.state_of(run_dir)["['step']"] == 3
+
+
+def test_a_resumed_run_refuses_a_training_video_that_it_cannot_read_any_more(
+    place: Workplace, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every later item would take another place of the plan."""
+    run_dir, clips = tmp_path / "run", tmp_path / "clips"
+    shutil.copytree(reference, run_dir)
+    shutil.copytree(place.clips, clips)
+    record = read_manifest(clips / "train.jsonl", clips)[0]
+    (clips / record.video).write_text("lost")
+    overrides = [*tiny_run.started(place), *tiny_run.mixed(place), f"data.root={clips}"]
+    eight = ["mesh.data=4", "mesh.tensor=2", f"train.steps={STEPS + 1}"]  # devices
+    message = mistake(place, capsys, f"run_dir={run_dir}", *overrides, *eight)
+    assert "data.train, items: 13 with digest" in message
+    assert f"cannot be read now: {record.id}: {clips / record.video}" in message
+    assert "choose a new run_dir" in message
+
+
 @pytest.mark.parametrize(
     "override, names",
     [
@@ -221,15 +279,16 @@ def test_two_buckets_and_a_frozen_vision_tower(place: Workplace) -> None:
     run_dir, counts = place.folder / "frozen", place.folder / "frozen.json"
     overrides = [
         *tiny_run.started(place),
-        *("data.buckets=[80, 104]", "model.freeze_vision=true", "grpo.kl=0", "train.steps=5"),
+        # No prompt is as short as 40 tokens: nothing is compiled for that bucket.
+        *("data.buckets=[40, 80, 104]", "model.freeze_vision=true", "grpo.kl=0", "train.steps=5"),
     ]
     tiny_run.run(place, "train", run_dir, *overrides, kill="update:4")
     tiny_run.run(place, "train", run_dir, *overrides, counts=counts)
     # Programs x buckets, over training, evaluation and resume.
-    expected = expected_programs(2, kl=False)
-    assert collections.Counter(json.loads(counts.read_text())) == +expected
-    compiled = {line["compilations"] for line in tiny_run.lines(run_dir, "train")}
-    assert compiled == {expected.total()}
+    expected = [expected_programs(2, kl=False, resumed=resumed) for resumed in (False, True)]
+    assert collections.Counter(json.loads(counts.read_text())) == +expected[1]
+    compiled = [line["compilations"] for line in tiny_run.lines(run_dir, "train")]
+    assert compiled == [x.total() for x in (expected[0],) * 2 + (expected[1],) * 3]
 
     # The tower is neither trained nor saved, and comes back from where the run began.
     assert not any("vision" in name for name in tiny_run.state_of(run_dir))
@@ -257,24 +316,25 @@ def flatten(tree: dict, prefix: str = "") -> list[tuple[str, np.ndarray]]:
 # ---- more than one process ----
 
 
-def test_two_processes_train_as_one(place: Workplace) -> None:
-    """Weights and batches are split over two processes; both are killed and resumed on the way."""
-    overrides = [
-        *tiny_run.started(place),
-        *tiny_run.mixed(place),
-        *("mesh.data=1", "mesh.fsdp=2", "train.steps=4", "grpo.kl=0"),
-    ]
-    one, two = place.folder / "one_process", place.folder / "two_processes"
+@pytest.mark.parametrize(
+    "mesh", [["mesh.data=1", "mesh.fsdp=2", "grpo.kl=0"], ["mesh.data=2"]], ids=["fsdp", "data, KL"]
+)
+def test_two_processes_train_as_one(place: Workplace, mesh: list[str]) -> None:
+    """Batches, and with fsdp weights, are split; both processes are killed and resumed on the way."""
+    overrides = [*tiny_run.started(place), *tiny_run.mixed(place), *mesh, "train.steps=4"]
+    one, two = (place.folder / f"{name}_{len(mesh)}" for name in ("one_process", "two_processes"))
     tiny_run.run(place, "train", one, *overrides, devices=2)
     killed = tiny_run.run_processes(place, 2, two, *overrides, kill="update:4")
     assert [p.code for p in killed] == [-signal.SIGKILL] * 2, [p.out for p in killed]
     finished = tiny_run.run_processes(place, 2, two, *overrides)
     assert [p.code for p in finished] == [0, 0], [p.out for p in finished]
 
+    # Before the kill, over an evaluation and a checkpoint, and after it.
+    counted = [line["compilations"] for line in tiny_run.lines(two, "train")]
+    assert len(set(counted[:2])) == len(set(counted[2:])) == 1
     found, expected = (tiny_run.without_times(tiny_run.lines(x)) for x in (two, one))
     assert len(found) == len(expected)  # process 0 alone writes
     for line, other in zip(found, expected, strict=True):
-        line.pop("compilations", None), other.pop("compilations", None)
         assert line == pytest.approx(other, abs=1e-5)
     assert found[-2]["data/failed_videos"] == 1
     state, other_state = tiny_run.state_of(two), tiny_run.state_of(one)
@@ -313,6 +373,18 @@ def test_steps_that_are_not_finite_are_skipped_and_the_run_stops(place: Workplac
     after = {"/".join(k[2:-2].split("']['")): v for k, v in state.items()}
     tiny_run.assert_same_bits({name: after[f"params/{name}"] for name in before}, before)
     assert not any(state[name].any() for name in state if "['mu']" in name)
+
+
+# ---- sampling from a part of the distribution ----
+
+
+def test_sampling_that_leaves_the_policy_is_warned_of(
+    place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for override, warned in (("rollout.top_p=0.9", 1), ("rollout.top_k=40", 1), ("seed=3", 0)):
+        wrong = "eval.batch=3"  # ends the start right after
+        assert cli.main(["train", str(place.config), f"run_dir={tmp_path}", override, wrong]) == 2
+        assert capsys.readouterr().out.count("warning: with rollout.top_p=") == warned
 
 
 # ---- mistakes, each one line and exit code 2 ----
