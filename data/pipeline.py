@@ -285,7 +285,7 @@ class _Loaded(NamedTuple):
 
 
 class _Load(Generic[Example]):
-    """From (step, slot) to an example of the plan's item, or of the first replacement that loads."""
+    """From (step, slot) to an example of the plan's item, or the first replacement that loads."""
 
     def __init__(
         self, plan: Plan, load: Callable[[int], Example], ids: Sequence[str] | None

@@ -113,7 +113,7 @@ def best_single_span(spans: tuple[Span, ...]) -> Span:
 
 
 def _decimals(start: float, end: float) -> int:
-    """How many decimals write a span: 1 if exact, else as many, from 2 to 9, as keep 99.8 % of it."""
+    """How many decimals write a span: 1 if exact, else as few from 2 to 9 as keep 99.8 % of it."""
     for decimals in range(1, 9):
         moved = abs(round(start, decimals) - start) + abs(round(end, decimals) - end)
         if moved <= (0.002 * (end - start) if decimals > 1 else 1e-9):

@@ -327,8 +327,8 @@ def _time_problems(row: dict[str, Any], task: str) -> list[str]:
     duration, clip, spans = row.get("duration"), row.get("clip"), row.get("spans")
     if duration is not None and not (_is_seconds(duration) and duration > 0):
         found.append(
-            f"field 'duration': expected seconds above 0, at most {LATEST:,.0f}, found {_short(duration)}; "
-            "leave it out if it is not known"
+            f"field 'duration': expected seconds above 0, at most {LATEST:,.0f}, found "
+            f"{_short(duration)}; leave it out if it is not known"
         )
         duration = None
     if clip is not None and (problem := _span_problem(clip, duration, "the duration")):

@@ -1,8 +1,8 @@
 """The step plan: which items each step takes, a pure function of (seed, step).
 
-All hosts must run the same shapes in the same step, so no host chooses: each computes the plan of a
-step from the seed and the step's number alone. Nothing is remembered between steps, so a run resumes
-at any step by naming it, and another number of hosts sees the same steps.
+All hosts must run the same shapes in the same step, so no host chooses: each computes the plan of
+a step from the seed and the step's number alone. Nothing is remembered between steps, so a run
+resumes at any step by naming it, and another number of hosts sees the same steps.
 
 An item is a record's number. Items are sorted into buckets (of like token counts) beforehand.
 P prompts in a step.
@@ -152,7 +152,7 @@ class StepPlan:
         return spares[(step * self.prompts + slot + attempt) % len(spares)]
 
     def _steps_before(self, bucket: int, epoch: int) -> int:
-        """A bucket's steps in the epochs before `epoch`: enough to have seen each item that often."""
+        """A bucket's steps in the epochs before `epoch`: enough to see each item that often."""
         return -(-epoch * len(self.buckets[bucket]) // self.prompts)
 
     def _bucket_order(self, epoch: int) -> np.ndarray:

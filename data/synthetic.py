@@ -268,7 +268,7 @@ def questions(drawn: Scene, name: str, video: str) -> list[Record]:
 
 
 def _rationale(drawn: Scene, record: Record, asked: Event) -> str:
-    """A little reasoning for the supervised cold start: every event, and whether it is the asked one.
+    """Reasoning for the supervised cold start: each event, and whether it is the asked one.
 
     Seen: first red circle no, last blue square yes C 8.0 to 10.5.
 

@@ -1,10 +1,10 @@
 """Decoding: the frames that the model was trained to see, their true times, or a stated reason.
 
-Frames are chosen as qwen_vl_utils chooses them, and read in one sequential pass: OpenCV's seeking is
-4 to 13 times slower and, in some containers, wrong in silence. A container may lie about all that it
-says. So the pass checks the count and the times it meets, and where they are not what was claimed
-(a count a little off, a variable frame rate) frames are chosen by their times in a second pass. How
-many frames there are never changes: the step plan counted on it.
+Frames are chosen as qwen_vl_utils chooses them, and read in one sequential pass: OpenCV's seeking
+is 4 to 13 times slower and, in some containers, wrong in silence. A container may lie about all
+that it says. So the pass checks the count and the times it meets, and where they are not what was
+claimed (a count a little off, a variable frame rate) frames are chosen by their times in a second
+pass. How many frames there are never changes: the step plan counted on it.
 
 T frames chosen, H, W pixels of the upright picture (see `data.probe` on rotation).
 """
@@ -32,7 +32,7 @@ _FRAME_FACTOR: Final = 2  # frames enter the model in pairs
 _COMPLETE: Final = 0.98
 
 # Codecs hold back up to 16 frames for reordering. Where the container stores no presentation times
-# (AVI, some MPEG program streams) OpenCV reports 0 for the ones that come out after the last packet.
+# (AVI, some MPEG program streams) OpenCV reports 0 for those that come out after the last packet.
 _MOST_HELD_BACK: Final = 16
 
 # Seconds to which a time is known: containers round to 1 ms, or to 1/90,000 s.
@@ -177,7 +177,7 @@ def _decode_by_time(
         frames = _read(capture, path, wanted, int(wanted[-1])).frames
     finally:
         capture.release()
-    # total / fps is the window's length: N frames last N / (N - 1) times the way from first to last.
+    # total / fps is the window's length: N frames last N / (N - 1) times as long as first to last.
     length = (within[-1] - within[0]) * len(within) / (len(within) - 1)
     return Frames(frames, times[wanted] - start, float(length) / count)
 

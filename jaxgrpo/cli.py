@@ -1,9 +1,9 @@
 """The command line: `jaxgrpo {sft,train,eval,export}`.
 
 A command imports what it needs when it runs, so that `jaxgrpo --help` and a mistyped config key
-answer at once. A user's mistake (any `ValueError` subclass of our four packages, a missing file, the
-hub out of reach) is one line, `error: ...`, and exit code 2; `JAXGRPO_TRACEBACK=1` shows where it
-was raised. Everything else is a bug and keeps its traceback.
+answer at once. A user's mistake (any `ValueError` subclass of our four packages, a missing file,
+the hub out of reach) is one line, `error: ...`, and exit code 2; `JAXGRPO_TRACEBACK=1` shows where
+it was raised. Everything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The run's configuration: one tree of frozen dataclasses, read from YAML and `key=value` overrides.
+"""The configuration: one tree of frozen dataclasses, read from YAML and `key=value` overrides.
 
 The defaults are those of a Qwen2.5-VL-3B run as the paper's released script sets them, where it
 says; a config file holds only what differs. Reading is strict: an unknown key, a wrong type and a

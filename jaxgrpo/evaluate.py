@@ -55,7 +55,7 @@ THRESHOLDS = (0.3, 0.5, 0.7)  # of R1@IoU, as in temporal grounding
 
 
 def main(config: Config) -> None:
-    """`jaxgrpo eval CONFIG`: scores `model.path`, a model directory or a run, and prints a table."""
+    """`jaxgrpo eval CONFIG`: scores `model.path`, a model directory or a run; prints a table."""
     start_processes()
     mesh = make_mesh(config.mesh)
     processor = open_processor(config)

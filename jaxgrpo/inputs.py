@@ -52,7 +52,7 @@ class Dataset(NamedTuple):
 
     @property
     def spares(self) -> list[list[int]]:
-        """Per bucket the items of other buckets that it would hold, for when its own are all bad."""
+        """Per bucket the items of others that it would hold, for when its own are all bad."""
         return [
             [i for i, size in enumerate(self.sizes) if i not in own and size.fits(offer)]
             for own, offer in zip(map(set, self.buckets), self.offers, strict=True)
@@ -386,7 +386,7 @@ def _bucket_of(tokens: int, buckets: Sequence[int]) -> int:
 
 
 def _bucket_sizes(sizes: Sequence[Size], tokens: Sequence[int]) -> tuple[Size, ...]:
-    """What each bucket offers: its tokens, and of all else the most that one of its prompts needs."""
+    """What each bucket offers: its tokens, and of all else the most that a prompt in it needs."""
     offers: list[Size] = []
     for bucket, width in enumerate(tokens):
         members = [size for size in sizes if _bucket_of(size.tokens, tokens) == bucket]

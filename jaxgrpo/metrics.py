@@ -38,7 +38,7 @@ class MetricsError(ValueError):
 
 
 class MetricsLog:
-    """Appends to the files of a run directory. Only process 0 writes; elsewhere calls do nothing."""
+    """Appends to the files of a run directory. Only process 0 writes; others do nothing."""
 
     def __init__(
         self, run_dir: str | Path, resume_step: int | None = None, *, tensorboard: bool = True
@@ -169,8 +169,8 @@ class Progress:
 class CompileCounter:
     """Counts the executables that XLA makes (or loads from its cache) while it is open.
 
-    `counts` maps a program's name, "jit(update)" for a jitted function `update`, to how often it was
-    compiled; small array operations outside jit are programs too.
+    `counts` maps a program's name, "jit(update)" for a jitted function `update`, to how often it
+    was compiled; small array operations outside jit are programs too.
     """
 
     def __init__(self) -> None:

@@ -142,7 +142,7 @@ class RunDir:
         return {name: x for line in found for name, x in line.items() if isinstance(x, float)}
 
     def note_failures(self, failures: Sequence[Failure], records: Sequence[Record]) -> list[str]:
-        """Remembers the videos that failed in this step, on any host; returns a line for each new."""
+        """Remembers the videos that failed in this step, on any host; a line for each new one."""
         mine = [(records[f.item].id, f"{f.kind}: {f.message}") for f in failures]
         new: dict[str, str] = {}
         for name, reason in (pair for pairs in gather_objects(mine) for pair in pairs):

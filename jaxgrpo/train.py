@@ -241,9 +241,9 @@ def off_policy_note(section: RolloutSection) -> str | None:
     if section.top_p == 1 and section.top_k == 0:
         return None
     return (
-        f"warning: with rollout.top_p={section.top_p} and rollout.top_k={section.top_k} completions "
-        "are drawn from a part of the policy's distribution, while the update takes them as draws "
-        "from all of it; 1 and 0 are on-policy"
+        f"warning: with rollout.top_p={section.top_p} and rollout.top_k={section.top_k} "
+        "completions are drawn from a part of the policy's distribution, while the update takes "
+        "them as draws from all of it; 1 and 0 are on-policy"
     )
 
 

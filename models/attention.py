@@ -4,7 +4,8 @@ Legend: P prompts, G completions per prompt, S prompt tokens, C completion token
         N query heads, K key/value heads, R = N / K queries that share a key head, H head dimension.
 
 Scores and softmax are float32; probabilities are cast to the values' dtype before they meet them,
-as in the original; what the two parts of a group add up to is rounded once, at the end. `...` stands for any batch axes.
+as in the original; what the two parts of a group add up to is rounded once, at the end. `...`
+stands for any batch axes.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ def _check_spans(record: Record, max_spans: int) -> None:
     for start, end in record.spans:
         if not is_span(start, end):
             raise RewardError(
-                f"record {record.id!r}, spans: expected 0 <= start < end <= {LATEST:,.0f} in seconds, "
-                f"found [{start}, {end}]."
+                f"record {record.id!r}, spans: expected 0 <= start < end <= {LATEST:,.0f} in "
+                f"seconds, found [{start}, {end}]."
             )
 
 

@@ -1,4 +1,4 @@
-"""What each component of the dual reward weighs. Without JAX, so that a config is checked at once."""
+"""What each component of the dual reward weighs. Needs no JAX: configs are checked at once."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def write_rotated(path: Path, degrees: int) -> Path:
 
 
 def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """PyAV's answer: every frame u8[N, H, W, 3] RGB, and its time f64[N] from the first, seconds."""
+    """PyAV's answer: all frames u8[N, H, W, 3] RGB, and their times f64[N] from the first, s."""
     with av.open(str(path)) as container:
         decoded = [
             (float(frame.time or 0.0), frame.to_ndarray(format="rgb24"))

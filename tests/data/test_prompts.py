@@ -43,7 +43,7 @@ def reward(text: str, record: Record, thinking: bool) -> tuple[float, float]:
     return float(total[0, 0]), float(parts["iou"][0, 0])
 
 
-# --- question ---------------------------------------------------------------------------------------
+# --- question -------------------------------------------------------------------------------------
 
 
 def test_a_multiple_choice_prompt_in_full() -> None:
@@ -87,7 +87,7 @@ def test_repeating_the_prompts_own_example_earns_nothing(task: str, thinking: bo
     assert not answer.format_ok and answer.choice == -1 and np.isnan(answer.start)
 
 
-# --- target -----------------------------------------------------------------------------------------
+# --- target ---------------------------------------------------------------------------------------
 
 
 def test_targets_in_full() -> None:

@@ -1,4 +1,4 @@
-"""GRPO runs from start to end: killed, resumed, in two processes, on bad input, and what they write.
+"""GRPO runs from start to end: killed, resumed, in two processes, on bad input; what they write.
 
 The runs are real processes on one CPU device (see `tiny_run`); some are shared between files.
 """
@@ -320,7 +320,7 @@ def flatten(tree: dict, prefix: str = "") -> list[tuple[str, np.ndarray]]:
     "mesh", [["mesh.data=1", "mesh.fsdp=2", "grpo.kl=0"], ["mesh.data=2"]], ids=["fsdp", "data, KL"]
 )
 def test_two_processes_train_as_one(place: Workplace, mesh: list[str]) -> None:
-    """Batches, and with fsdp weights, are split; both processes are killed and resumed on the way."""
+    """Batches, and with fsdp weights, are split; both are killed and resumed on the way."""
     overrides = [*tiny_run.started(place), *tiny_run.mixed(place), *mesh, "train.steps=4"]
     one, two = (place.folder / f"{name}_{len(mesh)}" for name in ("one_process", "two_processes"))
     tiny_run.run(place, "train", one, *overrides, devices=2)

@@ -2,8 +2,8 @@
 
     python -m tests.jaxgrpo.tiny_run --kill checkpoint:4 train tiny.yaml run_dir=...
 
-is `python -m jaxgrpo.cli train tiny.yaml run_dir=...` that is killed with SIGKILL at a chosen point,
-and that writes down with `--counts FILE` what was compiled.
+is `python -m jaxgrpo.cli train tiny.yaml run_dir=...` that is killed with SIGKILL at a chosen
+point, and that writes down with `--counts FILE` what was compiled.
 
 What is expensive is made once per test session, by whichever pytest-xdist worker needs it first.
 """

@@ -162,7 +162,7 @@ def test_shapes_that_disagree_are_refused() -> None:
         dual_reward(answers._replace(span=answers.span[:, 0]), truth, WEIGHTS)
 
 
-# --- fuzzing: 20,000 completions against a slow and obvious scorer ----------------------------------
+# --- fuzzing: 20,000 completions against a slow and obvious scorer --------------------------------
 
 
 class Pieces:
@@ -174,9 +174,9 @@ class Pieces:
     def time(self) -> str:
         plain = f"{self.rng.uniform(0, 12):.{self.rng.randint(0, 3)}f}"
         hostile = [
-            "NaN", "nan", "inf", "-Infinity", "1e309", "1e1", "-3.5", "٣.٥", "07", ".5", "5.", "1_0",
-            "3.5s", "1.2.3", "9" * 400, "0." + "0" * 17 + "1", "999999", "1000000", "null", "",
-            "{}", "B",
+            "NaN", "nan", "inf", "-Infinity", "1e309", "1e1", "-3.5", "٣.٥", "07", ".5", "5.",
+            "1_0", "3.5s", "1.2.3", "9" * 400, "0." + "0" * 17 + "1", "999999", "1000000", "null",
+            "", "{}", "B",
         ]  # fmt: skip
         value = plain if self.rng.random() < 0.9 else self.rng.choice(hostile)
         return value if self.rng.random() < 0.2 else f'"{value}"'

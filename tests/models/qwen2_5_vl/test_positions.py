@@ -51,9 +51,9 @@ def test_a_prompt_of_two_videos_and_an_image_has_the_released_positions():
     # Recorded from get_rope_index of transformers 4.49, the release's: 2 text tokens, a video at
     # 0.5 s a frame pair, 2 text, an image, 2 text, a video at 1.3 s, 3 text.
     recorded = """
-        0 1 2 2 2 2 3 3 3 3 4 4 4 4 5 6 7 7 7 7 7 7 7 7 11 12 13 13 15 15 18 18 20 20 23 23 24 25 26
-        0 1 2 2 3 3 2 2 3 3 2 2 3 3 5 6 7 7 7 7 8 8 8 8 11 12 13 14 13 14 13 14 13 14 13 14 24 25 26
-        0 1 2 3 2 3 2 3 2 3 2 3 2 3 5 6 7 8 9 10 7 8 9 10 11 12 13 13 13 13 13 13 13 13 13 13 24 25 26
+      0 1 2 2 2 2 3 3 3 3 4 4 4 4 5 6 7 7 7 7 7 7 7 7 11 12 13 13 15 15 18 18 20 20 23 23 24 25 26
+      0 1 2 2 3 3 2 2 3 3 2 2 3 3 5 6 7 7 7 7 8 8 8 8 11 12 13 14 13 14 13 14 13 14 13 14 24 25 26
+      0 1 2 3 2 3 2 3 2 3 2 3 2 3 5 6 7 8 9 10 7 8 9 10 11 12 13 13 13 13 13 13 13 13 13 13 24 25 26
     """
     spans = [
         VisionSpan(2, Grid(3, 4, 4), 0.5),
