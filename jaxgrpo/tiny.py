@@ -293,7 +293,7 @@ def stages(directory: Path, scratch: Path) -> tuple[Config, Config]:
         f"data.root={scratch / 'one-event-clips'}",
         "data.synthetic.events=[1, 1]",
         "data.synthetic.seconds=[4.0, 8.0]",
-        "sft.steps=300",
+        "sft.steps=800",
     ]
     two = [
         f"model.path={first}",
