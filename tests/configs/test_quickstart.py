@@ -69,12 +69,12 @@ def test_its_metrics_have_the_documented_names(short: tuple[Path, str]) -> None:
     assert (short[0] / "curves.png").is_file()
 
 
-def test_the_shipped_model_knows_the_answer_formats(short: tuple[Path, str]) -> None:
+def test_the_shipped_model_knows_the_formats_and_sees_colors(short: tuple[Path, str]) -> None:
     """Random weights of its shape score 0 in all of these."""
     before = tiny_run.lines(short[0], "eval")[0]
     assert before["step"] == 0
     assert before["format"] >= 0.8
-    assert before["mcqa/accuracy"] > before["mcqa/accuracy_constant_letter"]
+    assert before["gqa/accuracy"] > before["gqa/accuracy_constant_letter"]
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
