@@ -26,7 +26,7 @@ import numpy as np
 
 from data.records import LETTERS, Record, write_atomically, write_manifest
 
-SIDE = 112  # pixels; the model's processor halves it to 56
+SIDE = 112  # pixels; the quickstart's processor shrinks it to 28
 FRAMES_PER_SECOND = 8
 STEP = 0.5  # seconds: every boundary lies on a frame that sampling at 2 fps takes
 MIN_EVENT, MAX_EVENT = 1.5, 6.0  # seconds

@@ -281,12 +281,12 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def stages(directory: Path, scratch: Path) -> tuple[Config, Config]:
-    """The two runs of the cold start: from nothing on short clips with one event, then on two.
+    """The two runs of the cold start: from nothing on clips with one event, then with several.
 
     One event first: there a few hundred steps teach to see and to tell the time, of which clips
     with several events alone teach nothing for thousands.
     """
-    first, last = scratch / "one-event", scratch / "two-events"
+    first, last = scratch / "one-event", scratch / "several-events"
     one = [
         f"model.path={directory}",
         f"run_dir={first}",
@@ -295,13 +295,13 @@ def stages(directory: Path, scratch: Path) -> tuple[Config, Config]:
         "data.synthetic.seconds=[4.0, 8.0]",
         "sft.steps=800",
     ]
-    two = [
+    several = [
         f"model.path={first}",
         "model.init=checkpoint",
         f"run_dir={last}",
-        f"data.root={scratch / 'two-events-clips'}",
+        f"data.root={scratch / 'several-events-clips'}",
     ]
-    return config.load(COLD_START, one), config.load(COLD_START, two)
+    return config.load(COLD_START, one), config.load(COLD_START, several)
 
 
 def train_weights(directory: Path, scratch: Path) -> None:
