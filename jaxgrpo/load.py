@@ -90,6 +90,7 @@ def open_policy(section: ModelSection, processor: Processor, *, temperature: flo
         compute_dtype=jnp.dtype(section.compute_dtype),
         remat=section.remat == "layer",
         logit_chunk=section.logit_chunk,
+        attention_chunk=section.attention_chunk,
     )
 
 

@@ -111,6 +111,7 @@ class Policy(NamedTuple):
     compute_dtype: Any
     remat: bool
     logit_chunk: int
+    attention_chunk: int
 
     def merge(self, params: Params) -> Qwen2_5_VL:
         """The model with these weights in the compute dtype."""
@@ -126,7 +127,9 @@ class Policy(NamedTuple):
         model = self.merge(params)
         if features is None:
             features = model.encode_vision(prompt, remat=self.remat)
-        hidden = model.completion_hidden(prompt, features, completions, remat=self.remat)
+        hidden = model.completion_hidden(
+            prompt, features, completions, remat=self.remat, attention_chunk=self.attention_chunk
+        )
         return token_log_probs(
             model, hidden, completions, self.vocabulary, self.temperature, self.logit_chunk
         )

@@ -112,7 +112,9 @@ def rollout_program(mesh: Mesh, policy: Policy, sampling: Sampling, keep_feature
         model = policy.merge(params)
         features = model.encode_vision(prompt)
         key = jax.random.fold_in(jax.random.key(seed), step)
-        completions = generate(model, prompt, features, key, sampling, policy.vocabulary)
+        completions = generate(
+            model, prompt, features, key, sampling, policy.vocabulary, policy.attention_chunk
+        )
         return completions, features if keep_features else None
 
     split: Any = NamedSharding(mesh, PROMPTS)

@@ -95,6 +95,7 @@ def generate(
     key: Array,
     sampling: Sampling,
     vocabulary: Vocabulary,
+    attention_chunk: int = 0,
 ) -> Rollout:
     """Samples G completions for each of P prompts, on the device from first to last token.
 
@@ -104,9 +105,10 @@ def generate(
       features: [P, U, D] from `model.encode_vision`, computed once.
       key: a PRNG key; the draws do not depend on the mesh.
       sampling, vocabulary: static.
+      attention_chunk: see `model.prefill`.
     """
     p, g, c = len(prompt.tokens), sampling.group, sampling.max_new_tokens
-    last, prompt_cache = model.prefill(prompt, features)
+    last, prompt_cache = model.prefill(prompt, features, attention_chunk=attention_chunk)
     stop = np.asarray(vocabulary.stop, np.int32)
 
     def unfinished(state: DecodeState) -> Array:

@@ -1,4 +1,4 @@
-"""Attention for the three places that need it, on XLA.
+"""Attention for the places that need it, on XLA.
 
 Legend: P prompts, G completions per prompt, S prompt tokens, C completion tokens, T query tokens,
         N query heads, K key/value heads, R = N / K queries that share a key head, H head dimension.
@@ -6,14 +6,21 @@ Legend: P prompts, G completions per prompt, S prompt tokens, C completion token
 Scores and softmax are float32; probabilities are cast to the values' dtype before they meet them,
 as in the original; what the two parts of a group add up to is rounded once, at the end. `...`
 stands for any batch axes.
+
+Long sequences go through in blocks of queries (`chunk`), each against the keys that it may read and
+no others, so that [S, S] scores never exist: a block's scores are made, used and thrown away, and
+made again in the backward pass.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -96,3 +103,66 @@ def attend_shared_prompt(
     out = out + _einsum32("pkgrtc,pgckh->pgtkrh", own.astype(v.dtype), v)
     out = (out / jnp.einsum("pkgrt->pgtkr", total)[..., None]).astype(v.dtype)
     return out.reshape(*out.shape[:3], -1, out.shape[-1])
+
+
+# ---- causal attention of whole sequences ----
+
+
+def _in_blocks(one_block: Callable[[slice], Array], length: int, size: int, axis: int) -> Array:
+    """Joins `one_block(queries)` over blocks of `size` of `length` queries; 0: one block.
+
+    Example: 5 queries by 2 are the blocks [0:2], [2:4] and [4:5].
+    """
+    if not 0 < size < length:
+        return one_block(slice(0, length))
+    starts = range(0, length, size)
+    blocks = [jax.checkpoint(partial(one_block, slice(s, min(s + size, length)))) for s in starts]
+    return jnp.concatenate([block() for block in blocks], axis=axis)
+
+
+def attend_causal(q: Array, k: Array, v: Array, valid: Array, chunk: int = 0) -> Array:
+    """Prompts over themselves.
+
+    Args:
+      q: [P, S, N, H] queries.
+      k, v: [P, S, K, H].
+      valid: bool[P, S], True where the prompt has a token.
+      chunk: queries whose scores exist at once; 0: all.
+
+    Returns:
+      [P, S, N, H].
+    """
+
+    def one_block(rows: slice) -> Array:
+        keys = slice(0, rows.stop)
+        mask = _causal(rows) & valid[:, None, keys]
+        return attend(q[:, rows], k[:, keys], v[:, keys], mask)
+
+    return _in_blocks(one_block, q.shape[1], chunk, axis=1)
+
+
+def attend_completions(
+    q: Array, k: Array, v: Array, k_prompt: Array, v_prompt: Array, valid: Array, chunk: int = 0
+) -> Array:
+    """Whole completions over their prompt and, causally, themselves.
+
+    Args:
+      q: [P, G, C, N, H]; the others as for `attend_shared_prompt`.
+      chunk: queries of one prompt whose scores exist at once, over its G completions; 0: all.
+
+    Returns:
+      [P, G, C, N, H].
+    """
+
+    def one_block(rows: slice) -> Array:
+        keys = slice(0, rows.stop)
+        own = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+        return attend_shared_prompt(*own, k_prompt, v_prompt, valid, _causal(rows))
+
+    _, group, length = q.shape[:3]
+    return _in_blocks(one_block, length, chunk and max(chunk // group, 1), axis=2)
+
+
+def _causal(rows: slice) -> np.ndarray:
+    """bool[T, S]: queries `rows` over keys 0 ... rows.stop; [1:3] gives [[1 1 0] [1 1 1]]."""
+    return np.arange(rows.stop) <= np.arange(rows.start, rows.stop)[:, None]

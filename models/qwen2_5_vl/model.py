@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from models.attention import attend, attend_shared_prompt
+from models.attention import attend_causal, attend_completions, attend_shared_prompt
 from models.parameter import logical_axes
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.processor import Prompt
@@ -69,19 +69,27 @@ class Qwen2_5_VL(nnx.Module):
         placed = jnp.take_along_axis(features.astype(x.dtype), rows, axis=1)
         return jnp.where((prompt.vision_index >= 0)[..., None], placed, x)
 
-    def prefill(self, prompt: Prompt, features: Array) -> tuple[Array, PromptCache]:
+    def prefill(
+        self, prompt: Prompt, features: Array, *, attention_chunk: int = 0
+    ) -> tuple[Array, PromptCache]:
         """Runs the prompts once.
+
+        Args:
+          prompt: a batch of P prompts.
+          features: [P, U, D] from `encode_vision`.
+          attention_chunk: queries of a prompt whose scores exist at once; 0: all.
 
         Returns:
           hidden [P, D] of each prompt's last token, which predicts every completion's first token,
           and the prompts' cache.
         """
         valid = prompt_valid(prompt)
-        hidden, _, (k, v) = self.text(
-            self.embed_prompt(prompt, features),
-            prompt.positions,
-            lambda q, k, v, extra, carry: (attend(q, k, v, _causal(valid)), carry, (k, v)),
-        )
+
+        def attention(q: Array, k: Array, v: Array, extra: Any, carry: Any) -> Any:
+            return attend_causal(q, k, v, valid, attention_chunk), carry, (k, v)
+
+        x = self.embed_prompt(prompt, features)
+        hidden, _, (k, v) = self.text(x, prompt.positions, attention)
         return _last(hidden, prompt.length), PromptCache(k, v, valid, next_position(prompt))
 
     def decode(
@@ -131,7 +139,13 @@ class Qwen2_5_VL(nnx.Module):
         return CompletionCache(zeros, zeros)
 
     def completion_hidden(
-        self, prompt: Prompt, features: Array, completions: Array, *, remat: bool = False
+        self,
+        prompt: Prompt,
+        features: Array,
+        completions: Array,
+        *,
+        remat: bool = False,
+        attention_chunk: int = 0,
     ) -> Array:
         """The hidden states that predict every completion token, each prompt computed once.
 
@@ -144,6 +158,7 @@ class Qwen2_5_VL(nnx.Module):
           features: [P, U, D] from `encode_vision`.
           completions: int32[P, G, C]; what is behind a completion's end is never read by it.
           remat: recompute each layer in the backward pass.
+          attention_chunk: as in `prefill`.
 
         Returns:
           [P, G, C, D]; entry c predicts token c. Entry 0 is the prompt's last token, for all G.
@@ -162,18 +177,14 @@ class Qwen2_5_VL(nnx.Module):
         steps = jnp.broadcast_to(steps, (p, g, c)).reshape(p, g * c)
         steps = jnp.broadcast_to(steps[..., None], (p, g * c, 3))
         positions = jnp.concatenate([prompt.positions, steps], axis=1)
-        own_mask = np.tril(np.ones((c, c), bool))
 
         def attention(q: Array, k: Array, v: Array, extra: Any, carry: Any) -> Any:
             q_own, k_own, v_own = (x[:, s:].reshape(p, g, c, *x.shape[2:]) for x in (q, k, v))
             q, k, v = q[:, :s], k[:, :s], v[:, :s]
-            of_prompt = attend(q, k, v, _causal(valid))
-            own = attend_shared_prompt(q_own, k_own, v_own, k, v, valid, own_mask)
-            return (
-                jnp.concatenate([of_prompt, own.reshape(p, g * c, *own.shape[3:])], 1),
-                carry,
-                None,
-            )
+            of_prompt = attend_causal(q, k, v, valid, attention_chunk)
+            own = attend_completions(q_own, k_own, v_own, k, v, valid, attention_chunk)
+            own = own.reshape(p, g * c, *own.shape[3:])
+            return jnp.concatenate([of_prompt, own], axis=1), carry, None
 
         hidden, _, _ = self.text(packed, positions, attention, remat=remat)
         first = _last(hidden[:, :s], prompt.length)[:, None, None]  # [P, 1, 1, D]
@@ -194,12 +205,6 @@ def next_position(prompt: Prompt) -> Array:
     """int32[P]: the position after each prompt, one past the maximum of its M-RoPE positions."""
     positions = jnp.where(prompt_valid(prompt)[..., None], prompt.positions, -1)
     return positions.max(axis=(1, 2)) + 1
-
-
-def _causal(valid: Array) -> Array:
-    """bool[P, S] -> bool[P, S, S]: causal, and only keys that are tokens."""
-    length = valid.shape[1]
-    return jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :]
 
 
 def _last(hidden: Array, length: Array) -> Array:

@@ -66,6 +66,7 @@ def small_model(directory: Path, *, tied: bool, temperature: float = TEMPERATURE
         compute_dtype=jnp.dtype("float32"),
         remat=False,
         logit_chunk=0,
+        attention_chunk=0,
     )
     return SmallModel(original, policy, load(directory, config))
 

@@ -60,7 +60,9 @@ from tests.oracle.prompts import random_prompt
 P, G, C = 2, 3, 4
 CONFIG = Config(
     run_dir="unused",
-    model=ModelSection(path="unused", compute_dtype="float32", freeze_vision=True, logit_chunk=3),
+    model=ModelSection(
+        path="unused", compute_dtype="float32", freeze_vision=True, logit_chunk=3, attention_chunk=5
+    ),
     data=DataSection(train="unused"),
     rollout=RolloutSection(P, G, C, TEMPERATURE),
     grpo=GrpoSection(kl=0.05, entropy=0.01),
@@ -116,7 +118,9 @@ ADVANTAGES = [[1.0, -0.5, -0.5], [0.0, 0.7, -0.7]]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     small = small_model(tmp_path_factory.mktemp("model"), tied=True)
-    small = small._replace(policy=small.policy._replace(remat=True, logit_chunk=3))
+    small = small._replace(
+        policy=small.policy._replace(remat=True, logit_chunk=3, attention_chunk=5)
+    )
     mesh = make_mesh(MeshSection(data=1), jax.devices()[:1])
     shardings = param_shardings(small.policy.config, mesh)
     params = jax.tree.map(lambda x, s: put_global(np.asarray(x), s), small.params, shardings)

@@ -258,7 +258,7 @@ def test_accumulation_equals_one_batch(heavy: Step, heavy_result: Result) -> Non
 def test_chunks_of_logits_and_recomputation_change_nothing(
     heavy: Step, heavy_result: Result
 ) -> None:
-    policy = heavy.small.policy._replace(logit_chunk=3, remat=True)
+    policy = heavy.small.policy._replace(logit_chunk=3, attention_chunk=5, remat=True)
     assert heavy.batch.completions.shape[2] % policy.logit_chunk
     result = our_gradients(policy, heavy.small.params, {}, heavy.batch, heavy.config)
     assert_same(result, heavy_result, 1e-6)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from models.attention import attend, attend_shared_prompt
+from models.attention import attend, attend_causal, attend_completions, attend_shared_prompt
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -228,3 +228,46 @@ def test_bfloat16_groups_are_as_exact_as_repeated_prompts() -> None:
     out = attend_shared_prompt(*half, valid, mask)
     assert out.dtype == jnp.bfloat16
     assert error(out) < 1.2 * error(repeat(*half))
+
+
+# ---- whole sequences, in blocks of queries ----
+
+CHUNKS = [0, 1, 2, 3, 7, 100]  # 0: all at once; 2 and 3 leave a shorter last block
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_blocks_of_a_prompt_are_torchs_causal_attention(chunk: int) -> None:
+    length = 7
+    q, k, v = normal(0, 2, length, 4, 8), normal(1, 2, length, 2, 8), normal(2, 2, length, 2, 8)
+    valid = np.arange(length) < np.array([[5], [length]])
+    mask = np.tril(np.ones((length, length), bool)) & valid[:, None, :]
+    assert_same(
+        lambda *x: attend_causal(*x, jnp.asarray(valid), chunk),
+        lambda *x: sdpa(*x, mask),
+        [q, k, v],
+    )
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_blocks_of_completions_equal_repeated_prompts(chunk: int) -> None:
+    valid = np.arange(S) < np.array([[S - 2], [S]])
+    causal = np.tril(np.ones((C, C), bool))
+    assert_same(
+        lambda *x: attend_completions(*x, jnp.asarray(valid), chunk),
+        repeated(valid, causal),
+        group(),
+    )
+
+
+def test_blocks_never_hold_the_whole_score_matrix() -> None:
+    def program(chunk: int) -> str:
+        """All arrays, with their shapes, that attention over 64 tokens and its gradient make."""
+
+        def loss(q: Any, k: Any, v: Any) -> Any:
+            return attend_causal(q, k, v, jnp.ones((1, 64), bool), chunk).sum()
+
+        arrays = [jnp.zeros((1, 64, 2, 4)) for _ in range(3)]
+        return str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*arrays))
+
+    assert "64,64]" in program(0)
+    assert "64,64]" not in program(8)
