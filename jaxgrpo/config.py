@@ -276,6 +276,7 @@ class MeshSection:
     data: int = -1  # -1: the devices that the other axes leave
     fsdp: int = 1
     tensor: int = 1
+    replicate_kv: bool = False  # let tensor exceed the key/value heads: every device holds all
 
     def __post_init__(self) -> None:
         _at_least("mesh", self, fsdp=1, tensor=1)

@@ -59,7 +59,8 @@ def main(config: Config) -> None:
     start_processes()
     mesh = make_mesh(config.mesh)
     processor = open_processor(config)
-    check_divides(mesh, processor.config, {"eval.batch": config.eval.batch})
+    sizes = {"eval.batch": config.eval.batch}
+    check_divides(mesh, processor.config, sizes, replicate_kv=config.mesh.replicate_kv)
     inputs = prepare(config, processor, train=False, evaluation=True)
     say(describe(inputs))
     policy = open_policy(config.model, processor, temperature=0.0)

@@ -32,6 +32,7 @@ from jaxgrpo.rollout import Rollout, Sampling, generate
 from jaxgrpo.sharding import (
     PROMPTS,
     SAMPLER_RULES,
+    jit_on,
     param_shardings,
     shape_on,
     shardings_like,
@@ -120,7 +121,7 @@ def rollout_program(mesh: Mesh, policy: Policy, sampling: Sampling, keep_feature
     split: Any = NamedSharding(mesh, PROMPTS)
     whole: Any = NamedSharding(mesh, PartitionSpec())
     completions = Rollout(tokens=whole, lengths=whole, sampler_logp=split, finished=whole)
-    return jax.jit(rollout, out_shardings=(completions, split))
+    return jit_on(mesh, rollout, out_shardings=(completions, split))
 
 
 def score_program(mesh: Mesh, rewards: RewardSection, divide_by_std: bool) -> Wrapped:
@@ -146,7 +147,7 @@ def reference_program(mesh: Mesh, policy: Policy) -> Wrapped:
         completions = jax.lax.with_sharding_constraint(completions, split)
         return policy.log_probs(params, prompt, features, completions)[0]
 
-    return jax.jit(reference, out_shardings=split)
+    return jit_on(mesh, reference, out_shardings=split)
 
 
 def update_program(
@@ -172,7 +173,7 @@ def update_program(
         return state, metrics | step_metrics
 
     replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, replicated))
+    return jit_on(mesh, update, donate_argnums=0, out_shardings=(state_shardings, replicated))
 
 
 def sft_program(
@@ -196,7 +197,7 @@ def sft_program(
         return state, metrics | step_metrics
 
     replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(sft, donate_argnums=0, out_shardings=(state_shardings, replicated))
+    return jit_on(mesh, sft, donate_argnums=0, out_shardings=(state_shardings, replicated))
 
 
 # ---- the shapes they are compiled for ----

@@ -67,6 +67,7 @@ def main(config: Config) -> None:
                 "sft.batch / optim.accumulate": prompts // config.optim.accumulate,
                 "eval.batch": config.eval.batch,
             },
+            replicate_kv=config.mesh.replicate_kv,
         )
         inputs = prepare(config, processor, train=True, evaluation=True, excluded=run.excluded)
         assert inputs.train is not None

@@ -2,28 +2,33 @@
 
 Mesh axes: `data` (replicas), `fsdp` (prompts and weights), `tensor` (heads, MLP, vocabulary).
 Prompts are split over data x fsdp; weights over fsdp x tensor, by the logical axes that each
-declares. One device is the 1 x 1 x 1 mesh: there is no other code path.
+declares. Slices of TPUs are the outermost part of `data`, so that nothing but the sum of the
+gradients crosses the network between them. One device is the 1 x 1 x 1 mesh: there is no other code
+path.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
 from jaxgrpo.config import ConfigError, MeshSection
+from models.layers import PROMPT_AXES
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import weight_axes
 
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
-PROMPTS = PartitionSpec((DATA, FSDP))  # the leading axis of every batch
+DATA, FSDP, TENSOR = *PROMPT_AXES, "tensor"
+PROMPTS = PartitionSpec(PROMPT_AXES)  # the leading axis of every batch
 
 # Logical axis of a weight -> mesh axis, for training.
 RULES: dict[str, str | None] = {
@@ -100,7 +105,8 @@ def make_mesh(config: MeshSection, devices: Any = None) -> Mesh:
     """The mesh over all devices of all processes; `data: -1` takes what the others leave.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or an axis other than `data`
+        would cross slices.
     """
     devices = jax.devices() if devices is None else devices
     data = config.data
@@ -113,38 +119,68 @@ def make_mesh(config: MeshSection, devices: Any = None) -> Mesh:
             f"{math.prod(shape)}, but there are {len(devices)} devices; set mesh.data=-1 to use "
             "what fsdp and tensor leave"
         )
-    return jax.make_mesh(
-        shape,
-        (DATA, FSDP, TENSOR),
-        devices=devices,
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-    )
+    on_tpu = devices[0].platform == "tpu"  # other devices have no slices
+    slices = len({device.slice_index for device in devices}) if on_tpu else 1
+    if data % slices:
+        raise ConfigError(
+            f"mesh.data is {data} on {slices} slices: it must be a multiple of the slices, because "
+            "mesh.fsdp and mesh.tensor must not cross the network between them; lower mesh.fsdp"
+        )
+    within = (data // slices, config.fsdp, config.tensor)
+    if slices == 1:
+        ordered = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    else:
+        ordered = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return Mesh(ordered, (DATA, FSDP, TENSOR), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
-def check_divides(mesh: Mesh, model: ModelConfig, sizes: dict[str, int]) -> None:
+def jit_on(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Wrapped:
+    """`jax.jit`, with the mesh in force that lays out activations (`layers.split_by_prompt`)."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return jax.jit(traced, **options)
+
+
+def check_divides(
+    mesh: Mesh, model: ModelConfig, sizes: dict[str, int], *, replicate_kv: bool = False
+) -> None:
     """Checks that head counts and batch sizes divide over the mesh.
 
     Args:
       sizes: config key -> prompts per step under it, for example {"rollout.prompts": 16}.
+      replicate_kv: `mesh.replicate_kv`. Example: 16 query and 2 key/value heads over tensor=4 give
+        each device 4 query heads and, replicated, both key/value heads.
 
     Raises:
       ConfigError: names what does not divide, and by what.
     """
     tensor, rows = mesh.shape[TENSOR], mesh.shape[DATA] * mesh.shape[FSDP]
-    heads = {
-        "num_attention_heads": model.text.heads,
-        "num_key_value_heads": model.text.kv_heads,
+    heads, kv_heads = model.text.heads, model.text.kv_heads
+    may_replicate = tensor % kv_heads == 0 and heads % tensor == 0
+    if kv_heads % tensor and not (replicate_kv and may_replicate):
+        hint = "; or set mesh.replicate_kv=true, which gives each device all of them"
+        raise ConfigError(
+            f"mesh.tensor={tensor} does not divide the model's num_key_value_heads ({kv_heads}); "
+            f"choose a mesh.tensor that divides them{hint if may_replicate else ''}"
+        )
+    sharded = {
+        "num_attention_heads": heads,
         "vision_config.num_heads": model.vision.heads,
         "intermediate_size": model.text.mlp_width,
         "vision_config.intermediate_size": model.vision.mlp_width,
         "vocab_size": model.text.vocab,
     }
-    for name, count in heads.items():
+    for name, count in sharded.items():
         if count % tensor:
             raise ConfigError(
                 f"mesh.tensor={tensor} does not divide the model's {name} ({count}); "
-                f"choose a mesh.tensor that divides {model.text.kv_heads} (the key/value heads) "
-                f"and {count}"
+                f"choose a mesh.tensor that divides it"
             )
     fsdp = mesh.shape[FSDP]
     for name, width in {
@@ -164,7 +200,12 @@ def check_divides(mesh: Mesh, model: ModelConfig, sizes: dict[str, int]) -> None
 def param_shardings(
     config: ModelConfig, mesh: Mesh, rules: Mapping[str, str | None] = RULES
 ) -> Any:
-    """NamedShardings of every weight, in the nesting of the parameters."""
+    """NamedShardings of every weight, in the nesting of the parameters.
+
+    Key/value heads that the mesh does not divide are replicated (see `check_divides`).
+    """
+    if config.text.kv_heads % mesh.shape[TENSOR]:
+        rules = {**rules, "kv_heads": None}
     return jax.tree.map(
         lambda names: NamedSharding(mesh, PartitionSpec(*(rules[name] for name in names))),
         weight_axes(config),

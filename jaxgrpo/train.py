@@ -71,6 +71,7 @@ def main(config: Config) -> None:
                 "rollout.prompts / optim.accumulate": prompts // config.optim.accumulate,
                 "eval.batch": config.eval.batch,
             },
+            replicate_kv=config.mesh.replicate_kv,
         )
         rows = process_rows(mesh, prompts)  # of each batch, those that this process feeds
         inputs = prepare(config, processor, train=True, evaluation=True, excluded=run.excluded)

@@ -8,6 +8,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
+
+PROMPT_AXES = ("data", "fsdp")  # the mesh axes that every batch of prompts is split over
+
+
+def split_by_prompt(x: Array) -> Array:
+    """Keeps an activation [P, ...] whole but for its prompts, on the mesh that is in force.
+
+    Weights are split over one of the same mesh axes: without this XLA may follow their layout and
+    gather the activations of all prompts instead of a layer's weights. No mesh, no effect.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(PROMPT_AXES))
 
 
 def project(x: Array, weight: nnx.Param, axes: int = 1) -> Array:

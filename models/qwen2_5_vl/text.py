@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from models.layers import project, rms_norm, rotate_half
+from models.layers import project, rms_norm, rotate_half, split_by_prompt
 from models.parameter import parameter
 from models.qwen2_5_vl.config import TextConfig
 
@@ -84,7 +84,7 @@ class Decoder(nnx.Module):
 
     def embed_tokens(self, tokens: Array) -> Array:
         """int32[*B, T] -> [*B, T, D]."""
-        return self.embed[...][tokens]
+        return split_by_prompt(self.embed[...][tokens])
 
     def __call__(
         self,
@@ -118,10 +118,11 @@ class Decoder(nnx.Module):
             layer = nnx.merge(layer_def, params)
             q, k, v = layer.query_key_value(x, cos, sin)
             attended, carry, saved = attention(q, k, v, extra, carry)
-            return (layer.finish(x, attended), carry), saved
+            return (split_by_prompt(layer.finish(x, attended)), carry), saved
 
         body = jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer
-        (x, carry), saved = jax.lax.scan(body, (x, carry), (layer_params, per_layer))
+        start = (split_by_prompt(x), carry)
+        (x, carry), saved = jax.lax.scan(body, start, (layer_params, per_layer))
         return rms_norm(x, self.norm[...], self.config.norm_eps), carry, saved
 
     def rotary(self, positions: Array, dtype: jnp.dtype) -> tuple[Array, Array]:

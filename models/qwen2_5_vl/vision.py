@@ -21,7 +21,7 @@ from flax import nnx
 from jax import Array
 
 from models.attention import attend
-from models.layers import project, rms_norm, rotate_half
+from models.layers import project, rms_norm, rotate_half, split_by_prompt
 from models.parameter import parameter
 from models.qwen2_5_vl.config import VisionConfig
 
@@ -188,11 +188,11 @@ class VisionTower(nnx.Module):
                 lambda y: _attend_segments(y, *windows),
                 qkv,
             )
-            return block.finish(x, attended), None
+            return split_by_prompt(block.finish(x, attended)), None
 
         body = jax.checkpoint(run_block, prevent_cse=False) if remat else run_block
-        x, _ = jax.lax.scan(body, x, (block_params, jnp.asarray(is_full)))
-        return self.merger(x, config.merge_area)
+        x, _ = jax.lax.scan(body, split_by_prompt(x), (block_params, jnp.asarray(is_full)))
+        return split_by_prompt(self.merger(x, config.merge_area))
 
     def normalise(self, patches: Array) -> Array:
         """uint8[P, N, 1176] -> float32, by CLIP's mean and deviation of each channel."""

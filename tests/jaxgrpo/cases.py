@@ -52,9 +52,11 @@ class SmallModel(NamedTuple):
     params: Params
 
 
-def small_model(directory: Path, *, tied: bool, temperature: float = TEMPERATURE) -> SmallModel:
+def small_model(
+    directory: Path, *, tied: bool, temperature: float = TEMPERATURE, **config_json: Any
+) -> SmallModel:
     """A model of 100k random float32 weights, ours loaded from a released-style directory."""
-    raw = hf_model.released_config(tied=tied, vocab=VOCAB)
+    raw = hf_model.released_config(tied=tied, vocab=VOCAB, **config_json)
     original = hf_model.random_model(raw, seed=3)
     hf_model.save_released(original, raw, directory)
     config = ModelConfig.load(directory)

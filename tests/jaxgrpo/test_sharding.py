@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgrpo.config import (
@@ -51,6 +52,7 @@ from jaxgrpo.sharding import (
     shardings_like,
 )
 from jaxgrpo.update import UpdateBatch, make_optimizer
+from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.processor import Size
 from tests.jaxgrpo.cases import (
     LAYOUTS,
@@ -61,6 +63,7 @@ from tests.jaxgrpo.cases import (
     tree_differences,
     update_batch,
 )
+from tests.oracle import hf_model
 
 PROMPT_COUNT, GROUP, WIDTH = 8, 2, 4
 CONFIG = Config(
@@ -75,9 +78,13 @@ CONFIG = Config(
 BUCKET = Size(tokens=32, patches=16, windows=1, frames=1, frame_patches=16)
 MESHES = {
     "8x1x1": MeshSection(data=8),
+    "1x8x1": MeshSection(data=1, fsdp=8),
     "1x4x2": MeshSection(data=1, fsdp=4, tensor=2),
     "2x2x2": MeshSection(data=2, fsdp=2, tensor=2),
+    "1x2x4": MeshSection(data=1, fsdp=2, tensor=4, replicate_kv=True),
 }
+HEAD_DIM = 8
+HEADS = {"28/4": (28, 4), "16/2": (16, 2)}  # query and key/value heads of the 7B and the 3B model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,9 +102,27 @@ class StepResult(NamedTuple):
     moved: Params  # weights after the update minus before
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
-    return small_model(tmp_path_factory.mktemp("model"), tied=False)
+@pytest.fixture(scope="module", params=HEADS)
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    """A narrow model with the head counts of a released one."""
+    heads, kv_heads = HEADS[request.param]
+    config = hf_model.released_config(tied=False)
+    vision = {"depth": 2, "num_heads": 4, "out_hidden_size": heads * HEAD_DIM}
+    small = small_model(
+        tmp_path_factory.mktemp("model"),
+        tied=False,
+        hidden_size=heads * HEAD_DIM,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=2,
+        rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1]},
+        vision_config=config["vision_config"] | vision,
+    )
+    # Logits of deviation 8, as this width has, would multiply the rounding of each sum by as much.
+    with torch.no_grad():
+        small.original.lm_head.weight.mul_(0.2)
+    small.params["text"]["head"] *= 0.2
+    return small
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +142,8 @@ def run_step(small: SmallModel, batch: UpdateBatch) -> Any:
     @cache
     def run(section: MeshSection, devices: int) -> StepResult:
         mesh = make_mesh(section, jax.devices()[:devices])
-        check_divides(mesh, small.policy.config, {"rollout.prompts": PROMPT_COUNT})
+        sizes = {"rollout.prompts": PROMPT_COUNT}
+        check_divides(mesh, small.policy.config, sizes, replicate_kv=section.replicate_kv)
         shardings = param_shardings(small.policy.config, mesh)
         params = jax.tree.map(lambda x, s: put_global(np.asarray(x), s), small.params, shardings)
         optimizer = make_optimizer(CONFIG.optim, 10)
@@ -211,7 +237,7 @@ def test_a_device_holds_its_share_of_the_large_weights(small: SmallModel) -> Non
         share = np.prod(sharding.shard_shape(weight.shape)) / weight.size
         if weight.size > 4000:
             assert share <= 0.5
-        if weight.shape[-2:] == (64, 96):
+        if weight.shape[-1] == small.policy.config.text.mlp_width:
             assert share == 0.25
 
 
@@ -337,39 +363,48 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 def test_what_divides_is_accepted(small: SmallModel) -> None:
     sizes = {"rollout.prompts": 8, "eval.batch": 16}
     for section in MESHES.values():
-        check_divides(make_mesh(section), small.policy.config, sizes)
+        mesh, replicate = make_mesh(section), section.replicate_kv
+        check_divides(mesh, small.policy.config, sizes, replicate_kv=replicate)
+
+
+MODEL = ModelConfig.from_dict(hf_model.released_config(tied=False))  # 4 heads, 2 key/value heads
 
 
 @pytest.mark.parametrize(
     ("mesh", "change", "says"),
     [
-        ({"tensor": 4}, {}, r"mesh.tensor=4 .* num_key_value_heads \(2\)"),
-        ({"tensor": 3}, {}, r"mesh.tensor=3 .* num_attention_heads \(4\)"),
+        ({"tensor": 4}, {}, r"num_key_value_heads \(2\).* or set mesh.replicate_kv=true"),
+        ({"tensor": 3}, {}, r"mesh.tensor=3 .* num_key_value_heads \(2\); .* divides them$"),
+        ({"tensor": 2}, {"heads": 5}, r"mesh.tensor=2 .* num_attention_heads \(5\)"),
         ({"tensor": 2}, {"vocab": 321}, r"mesh.tensor=2 .* vocab_size \(321\)"),
         ({"tensor": 2}, {"mlp_width": 95}, r"mesh.tensor=2 .* intermediate_size \(95\)"),
         ({"fsdp": 3}, {}, r"mesh.fsdp=3 .* hidden_size \(64\)"),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused_by_name(
-    small: SmallModel, mesh: dict[str, int], change: dict[str, int], says: str
+    mesh: dict[str, int], change: dict[str, int], says: str
 ) -> None:
-    config = small.policy.config
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, **change))
+    config = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, **change))
     with pytest.raises(ConfigError, match=says):
         check_divides(mesh_of(**mesh), config, {})
 
 
-def test_a_vision_tower_that_does_not_divide_is_refused_by_name(small: SmallModel) -> None:
-    config = small.policy.config
-    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, heads=1))
+def test_query_heads_must_divide_even_where_key_value_heads_are_replicated() -> None:
+    config = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, heads=6, kv_heads=2))
+    with pytest.raises(ConfigError, match=r"num_key_value_heads \(2\); .* divides them$"):
+        check_divides(mesh_of(tensor=4), config, {}, replicate_kv=True)
+
+
+def test_a_vision_tower_that_does_not_divide_is_refused_by_name() -> None:
+    config = dataclasses.replace(MODEL, vision=dataclasses.replace(MODEL.vision, heads=1))
     with pytest.raises(ConfigError, match=r"mesh.tensor=2 .* vision_config.num_heads \(1\)"):
         check_divides(mesh_of(tensor=2), config, {})
 
 
-def test_a_batch_that_does_not_divide_is_refused_by_its_key(small: SmallModel) -> None:
+def test_a_batch_that_does_not_divide_is_refused_by_its_key() -> None:
     sizes = {"rollout.prompts": 8, "eval.batch": 6}
     with pytest.raises(ConfigError, match=r"eval.batch=6 .* multiple of 4"):
-        check_divides(mesh_of(data=2, fsdp=2), small.policy.config, sizes)
+        check_divides(mesh_of(data=2, fsdp=2), MODEL, sizes)
 
 
 def test_the_draws_do_not_depend_on_the_mesh() -> None:

@@ -261,7 +261,7 @@ def test_chunks_of_logits_and_recomputation_change_nothing(
     policy = heavy.small.policy._replace(logit_chunk=3, attention_chunk=5, remat=True)
     assert heavy.batch.completions.shape[2] % policy.logit_chunk
     result = our_gradients(policy, heavy.small.params, {}, heavy.batch, heavy.config)
-    assert_same(result, heavy_result, 1e-6)
+    assert_same(result, heavy_result, 5e-6)
 
 
 def test_a_frozen_tower_gets_no_gradient_and_no_optimiser_state(
