@@ -119,8 +119,9 @@ def make_mesh(config: MeshSection, devices: Any = None) -> Mesh:
             f"{math.prod(shape)}, but there are {len(devices)} devices; set mesh.data=-1 to use "
             "what fsdp and tensor leave"
         )
-    on_tpu = devices[0].platform == "tpu"  # other devices have no slices
-    slices = len({device.slice_index for device in devices}) if on_tpu else 1
+    slices = 1
+    if devices[0].platform == "tpu":  # a described topology of one slice does not number it
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
     if data % slices:
         raise ConfigError(
             f"mesh.data is {data} on {slices} slices: it must be a multiple of the slices, because "

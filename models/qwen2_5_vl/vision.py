@@ -86,8 +86,9 @@ class VisionBlocks(nnx.Module):
         norm = partial(parameter, rngs, init="ones")
         embed, heads, mlp = "vision_embed", "vision_heads", "vision_mlp"
         self.norm1 = norm((b, d), ("layers", "norm"))
-        self.qkv = w((b, d, 3, a, h), ("layers", embed, "qkv", heads, "head_dim"), d)
-        self.qkv_bias = bias((b, 3, a, h), ("layers", "qkv", heads, "head_dim"))
+        # Heads outside: `project` joins these axes, and devices must keep whole heads in it.
+        self.qkv = w((b, d, a, 3, h), ("layers", embed, heads, "qkv", "head_dim"), d)
+        self.qkv_bias = bias((b, a, 3, h), ("layers", heads, "qkv", "head_dim"))
         self.proj = w((b, a, h, d), ("layers", heads, "head_dim", embed), a * h)
         self.proj_bias = bias((b, d), ("layers", "norm"))
         self.norm2 = norm((b, d), ("layers", "norm"))
@@ -99,12 +100,12 @@ class VisionBlocks(nnx.Module):
         self.down_bias = bias((b, d), ("layers", "norm"))
 
     def query_key_value(self, x: Array, cos: Array, sin: Array) -> Array:
-        """[P, N, D] -> rotated [P, N, 3, A, H]; the rotation runs in float32, then casts back."""
+        """[P, N, D] -> rotated [P, N, A, 3, H]; the rotation runs in float32, then casts back."""
         y = rms_norm(x, self.norm1[...], _NORM_EPS)
         qkv = project(y, self.qkv) + self.qkv_bias[...]
-        qk, v = qkv[:, :, :2].astype(jnp.float32), qkv[:, :, 2:]
+        qk, v = qkv[..., :2, :].astype(jnp.float32), qkv[..., 2:, :]
         qk = qk * cos[:, :, None, None] + rotate_half(qk) * sin[:, :, None, None]
-        return jnp.concatenate([qk.astype(v.dtype), v], axis=2)
+        return jnp.concatenate([qk.astype(v.dtype), v], axis=-2)
 
     def finish(self, x: Array, attended: Array) -> Array:
         """Adds the projected attention [P, N, A, H] and the SwiGLU MLP to the stream [P, N, D]."""
@@ -216,14 +217,14 @@ def _segments(index: Array, rows: int) -> tuple[Array, Array]:
 
 
 def _attend_segments(qkv: Array, index: Array, inverse: Array) -> Array:
-    """Full attention inside each segment: [P, N, 3, A, H] -> [P, N, A, H]."""
+    """Full attention inside each segment: [P, N, A, 3, H] -> [P, N, A, H]."""
     p, r, q = index.shape
     flat = index.reshape(p, r * q)
     gathered = permute(qkv, flat, inverse).reshape(p, r, q, *qkv.shape[2:])
     out = attend(
-        gathered[..., 0, :, :],
-        gathered[..., 1, :, :],
-        gathered[..., 2, :, :],
+        gathered[..., 0, :],
+        gathered[..., 1, :],
+        gathered[..., 2, :],
         (index >= 0)[:, :, None, :],
     )
     return permute(out.reshape(p, r * q, *out.shape[3:]), inverse, flat)

@@ -85,8 +85,8 @@ _VISION = [
     Row(f"vision.blocks.{ours}", f"visual.blocks.{{n}}.{theirs}", pattern)
     for ours, theirs, pattern in [
         ("norm1", "norm1.weight", "D -> D"),
-        ("qkv", "attn.qkv.weight", "(QKV A H) D -> D QKV A H"),
-        ("qkv_bias", "attn.qkv.bias", "(QKV A H) -> QKV A H"),
+        ("qkv", "attn.qkv.weight", "(QKV A H) D -> D A QKV H"),
+        ("qkv_bias", "attn.qkv.bias", "(QKV A H) -> A QKV H"),
         ("proj", "attn.proj.weight", "D (A H) -> A H D"),
         ("proj_bias", "attn.proj.bias", "D -> D"),
         ("norm2", "norm2.weight", "D -> D"),

@@ -104,10 +104,10 @@ def test_queries_and_keys_are_rotated_as_in_the_original(tower: VisionTower) -> 
     x = jnp.asarray(rng.standard_normal((1, 12, CONFIG.vision.width)), jnp.float32)
     cos, sin = tower.rotary(jnp.asarray(rng.integers(0, 30, (1, 12, 2), np.int32)))
     plain = np.asarray(block.query_key_value(x, jnp.ones_like(cos), jnp.zeros_like(sin)))
-    q, k, v = (torch.tensor(part) for part in np.moveaxis(plain[0], 1, 0))
+    q, k, v = (torch.tensor(part) for part in np.moveaxis(plain[0], -2, 0))
     angles = [torch.tensor(np.asarray(a[0])) for a in (cos, sin)]
     q, k = original.apply_rotary_pos_emb_vision(q, k, *angles)
-    ours = np.moveaxis(np.asarray(block.query_key_value(x, cos, sin))[0], 1, 0)
+    ours = np.moveaxis(np.asarray(block.query_key_value(x, cos, sin))[0], -2, 0)
     for got, want in zip(ours, (q, k, v), strict=True):
         np.testing.assert_allclose(got, want.numpy(), atol=1e-6)
 
