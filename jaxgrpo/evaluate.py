@@ -29,7 +29,7 @@ from jaxgrpo.load import open_params, open_policy, open_processor
 from jaxgrpo.policy import Params, Policy
 from jaxgrpo.programs import (
     answer_shapes,
-    compile_publish,
+    lower_publish,
     prompt_shapes,
     rollout_program,
     scalar_shape,
@@ -65,8 +65,7 @@ def main(config: Config) -> None:
     say(describe(inputs))
     policy = open_policy(config.model, processor, temperature=0.0)
     params = open_params(config.model, processor.config, mesh, config.seed)
-    publish, _ = compile_publish(mesh, policy, params, {})
-    sampler = publish(params, {})
+    sampler = lower_publish(mesh, policy, params, {}).compile()(params, {})
     del params
     programs = compile_eval(config, mesh, policy, inputs, sampler)
     metrics, predictions = evaluate(config, mesh, programs, sampler, inputs)

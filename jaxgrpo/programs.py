@@ -14,7 +14,7 @@ Legend: P prompts, G completions per prompt, C completion tokens, M ground-truth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.stages import Wrapped
+from jax.stages import Lowered, Wrapped
 
 from jaxgrpo.config import Config, RewardSection
 from jaxgrpo.grpo import group_advantages, zero_variance
@@ -65,7 +65,7 @@ class Scores(NamedTuple):
 
 
 def init_program(mesh: Mesh, optimizer: optax.GradientTransformation, params: Params) -> Wrapped:
-    """Trained weights -> the state before the first step, a copy of them included.
+    """Trained weights, donated -> the state before the first step, which they become part of.
 
     Args:
       params: the weights or their shapes, with shardings.
@@ -76,11 +76,11 @@ def init_program(mesh: Mesh, optimizer: optax.GradientTransformation, params: Pa
 
     of_params = jax.tree.map(lambda x: x.sharding, params)
     shardings = shardings_like(mesh, jax.eval_shape(init, params), params, of_params)
-    return jax.jit(init, out_shardings=shardings)
+    return jax.jit(init, donate_argnums=0, out_shardings=shardings)
 
 
 def publish_program(policy: Policy, shardings: Any) -> Wrapped:
-    """(trained, frozen) master weights -> the sampler's copy: compute dtype, its own layout."""
+    """(trained, frozen) master weights -> a copy in the compute dtype and another layout."""
 
     def publish(params: Params, frozen: Params) -> Params:
         return cast(params | frozen, policy.compute_dtype)
@@ -88,17 +88,20 @@ def publish_program(policy: Policy, shardings: Any) -> Wrapped:
     return jax.jit(publish, out_shardings=shardings)
 
 
-def compile_publish(
-    mesh: Mesh, policy: Policy, trained: Params, frozen: Params
-) -> tuple[Callable[[Params, Params], Params], Params]:
-    """Compiles publishing the weights (arrays or shapes with shardings) to the sampler.
+def lower_publish(
+    mesh: Mesh,
+    policy: Policy,
+    trained: Params,
+    frozen: Params,
+    rules: Mapping[str, str | None] = SAMPLER_RULES,
+) -> Lowered:
+    """Lowers publishing the weights (arrays or shapes with shardings) to the sampler.
 
-    Returns:
-      the executable, and the shapes of the sampler's weights.
+    With `sharding.RULES` it keeps them as a reference instead, laid out as they are.
     """
-    layout = param_shardings(policy.config, mesh, SAMPLER_RULES)
-    publish = publish_program(policy, layout).lower(trained, frozen)
-    return publish.compile(), publish.out_info
+    layout = param_shardings(policy.config, mesh, rules)
+    layout = {name: layout[name] for name in trained | frozen}
+    return publish_program(policy, layout).lower(trained, frozen)
 
 
 def rollout_program(mesh: Mesh, policy: Policy, sampling: Sampling, keep_features: bool) -> Wrapped:
@@ -137,15 +140,19 @@ def score_program(mesh: Mesh, rewards: RewardSection, divide_by_std: bool) -> Wr
 
 
 def reference_program(mesh: Mesh, policy: Policy) -> Wrapped:
-    """(reference weights, prompts, features, completions) -> log-probabilities f32[P, G, C]."""
+    """(reference, frozen weights, prompts, features, completions) -> log-probs f32[P, G, C]."""
 
     split = NamedSharding(mesh, PROMPTS)
 
     def reference(
-        params: Params, prompt: Prompt, features: Array | None, completions: Array
+        params: Params,
+        frozen: Params,
+        prompt: Prompt,
+        features: Array | None,
+        completions: Array,
     ) -> Array:
         completions = jax.lax.with_sharding_constraint(completions, split)
-        return policy.log_probs(params, prompt, features, completions)[0]
+        return policy.log_probs(params | frozen, prompt, features, completions)[0]
 
     return jit_on(mesh, reference, out_shardings=split)
 
@@ -257,7 +264,19 @@ class TrainPrograms(NamedTuple):
     update: Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
-def compile_train(
+class LoweredTrain(NamedTuple):
+    """The same programs, to be compiled."""
+
+    rollout: Lowered
+    reference: Lowered | None
+    update: Lowered
+
+    def compile(self) -> TrainPrograms:
+        reference = self.reference.compile() if self.reference else None
+        return TrainPrograms(self.rollout.compile(), reference, self.update.compile())
+
+
+def lower_train(
     config: Config,
     mesh: Mesh,
     policy: Policy,
@@ -266,12 +285,14 @@ def compile_train(
     state: TrainState,
     frozen: Params,
     sampler: Params,
-) -> TrainPrograms:
-    """Compiles the rollout, the reference pass and the update for one bucket.
+    reference: Params | None,
+) -> LoweredTrain:
+    """Lowers the rollout, the reference pass and the update for one bucket.
 
     Args:
-      state, frozen, sampler: shapes (or arrays) with shardings: the training state, the frozen
-        weights, the sampler's copy of the weights. The reference has the shapes of all weights.
+      state, frozen, sampler, reference: shapes (or arrays) with shardings: the training state, the
+        frozen weights, the sampler's copy of all weights, the reference's of the trained ones (None
+        without a KL term).
     """
     rollout_section = config.rollout
     p, g, c = rollout_section.prompts, rollout_section.group, rollout_section.max_new_tokens
@@ -285,10 +306,10 @@ def compile_train(
         sampler, prompt, scalar, scalar
     )
     completions, features = rollout.out_info
-    reference = None
-    if config.grpo.kl:
-        reference = reference_program(mesh, policy).lower(
-            state.params | frozen, prompt, features, completions.tokens
+    of_reference = None
+    if reference is not None:
+        of_reference = reference_program(mesh, policy).lower(
+            reference, frozen, prompt, features, completions.tokens
         )
     per_token = completions.sampler_logp
     batch = UpdateBatch(
@@ -299,13 +320,11 @@ def compile_train(
         advantages=shape_on(mesh, PartitionSpec(), (p, g), jnp.float32),
         sampler_logp=per_token,
         old_logp=None,
-        ref_logp=per_token if config.grpo.kl else None,
+        ref_logp=None if reference is None else per_token,
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     update = update_program(mesh, policy, config, optimizer, shardings).lower(state, frozen, batch)
-    return TrainPrograms(
-        rollout.compile(), reference.compile() if reference else None, update.compile()
-    )
+    return LoweredTrain(rollout, of_reference, update)
 
 
 def compile_sft(

@@ -25,7 +25,7 @@ from jaxgrpo.inputs import (
 from jaxgrpo.load import open_params, open_policy, open_processor, param_shapes, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.policy import Params
-from jaxgrpo.programs import compile_publish, compile_sft, init_program
+from jaxgrpo.programs import compile_sft, init_program, lower_publish
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
     check_divides,
@@ -96,7 +96,8 @@ def main(config: Config) -> None:
             del params, trained
         if run.first_step:
             state = run.restore(init.out_info)
-        publish, sampler_shapes = compile_publish(mesh, policy, trained_shapes, frozen_shapes)
+        publish = lower_publish(mesh, policy, trained_shapes, frozen_shapes)
+        to_sampler = publish.compile()
         programs = {
             number: compile_sft(
                 config, mesh, policy, bucket, optimizer, init.out_info, frozen_shapes
@@ -104,7 +105,7 @@ def main(config: Config) -> None:
             for number, bucket in enumerate(inputs.train.offers)
             if inputs.train.buckets[number]
         }
-        eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, sampler_shapes)
+        eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, publish.out_info)
 
         # ---- the loop ----
         loader = batches(
@@ -142,7 +143,7 @@ def main(config: Config) -> None:
                 records = [inputs.train.records[item] for item in batch.items]
                 stop_if_not_finite(int(metrics["skipped_in_a_row"]), batch.step, records, config)
                 if last or (config.eval.every and done % config.eval.every == 0):
-                    sampler = publish(state.params, frozen)
+                    sampler = to_sampler(state.params, frozen)
                     scores = evaluate.run_evaluation(
                         done, config, mesh, eval_programs, sampler, inputs, run
                     )

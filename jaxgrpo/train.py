@@ -24,14 +24,15 @@ from jaxgrpo.policy import Params
 from jaxgrpo.programs import (
     Scores,
     answer_shapes,
-    compile_publish,
-    compile_train,
     init_program,
+    lower_publish,
+    lower_train,
     score_program,
     truth_shapes,
 )
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
+    RULES,
     check_divides,
     make_mesh,
     process_rows,
@@ -90,12 +91,14 @@ def main(config: Config) -> None:
         trained_shapes, frozen_shapes = split_frozen(shapes, config.model.freeze_vision)
         optimizer = make_optimizer(config.optim, config.train.steps)
         init = init_program(mesh, optimizer, trained_shapes).lower(trained_shapes)
+        publish = lower_publish(mesh, policy, trained_shapes, frozen_shapes)
+        keep = lower_publish(mesh, policy, trained_shapes, {}, RULES) if config.grpo.kl else None
         reference = None
         frozen: Params = {}
         if run.first_step == 0 or needs_base:
             params = open_params(config.model, policy.config, mesh, config.seed)
-            reference = params if config.grpo.kl else None
             trained, frozen = split_frozen(params, config.model.freeze_vision)
+            reference = keep.compile()(trained, {}) if keep else None
             if run.first_step == 0:
                 state = init.compile()(trained)
             del params, trained
@@ -105,9 +108,9 @@ def main(config: Config) -> None:
         # ---- programs: everything is compiled before the first step ----
         started = time.perf_counter()
         say(f"compiling for prompts of at most {list(config.data.buckets)} tokens ...")
-        publish, sampler_shapes = compile_publish(mesh, policy, trained_shapes, frozen_shapes)
+        to_sampler = publish.compile()
         programs = {
-            number: compile_train(
+            number: lower_train(
                 config,
                 mesh,
                 policy,
@@ -115,8 +118,9 @@ def main(config: Config) -> None:
                 optimizer,
                 init.out_info,
                 frozen_shapes,
-                sampler_shapes,
-            )
+                publish.out_info,
+                keep.out_info if keep else None,
+            ).compile()
             for number, bucket in enumerate(inputs.train.offers)
             if inputs.train.buckets[number]
         }
@@ -129,11 +133,11 @@ def main(config: Config) -> None:
             .lower(*score_shapes)
             .compile()
         )
-        eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, sampler_shapes)
+        eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, publish.out_info)
         say(f"compiled in {time.perf_counter() - started:.0f} s")
 
         # ---- evaluation before the first step ----
-        sampler = publish(state.params, frozen)
+        sampler = to_sampler(state.params, frozen)
         if run.first_step == 0:
             evaluate.run_evaluation(0, config, mesh, eval_programs, sampler, inputs, run)
 
@@ -166,7 +170,9 @@ def main(config: Config) -> None:
                 )
                 ref_logp = None
                 if program.reference is not None:
-                    ref_logp = program.reference(reference, on_device, features, rollout.tokens)
+                    ref_logp = program.reference(
+                        reference, frozen, on_device, features, rollout.tokens
+                    )
                 tokens, lengths, finished = jax.device_get(
                     (rollout.tokens, rollout.lengths, rollout.finished)
                 )
@@ -191,8 +197,9 @@ def main(config: Config) -> None:
                     old_logp=None,
                     ref_logp=ref_logp,
                 )
+                del sampler  # the update needs its memory
                 state, updated = program.update(state, frozen, update_batch)
-                sampler = publish(state.params, frozen)
+                sampler = to_sampler(state.params, frozen)
 
                 # ---- while the device works: the next batch ----
                 waited = time.perf_counter()

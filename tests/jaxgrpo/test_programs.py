@@ -25,8 +25,9 @@ from jaxgrpo.policy import Params
 from jaxgrpo.programs import (
     TrainPrograms,
     answer_shapes,
-    compile_train,
     init_program,
+    lower_publish,
+    lower_train,
     prompt_shapes,
     publish_program,
     score_program,
@@ -34,6 +35,7 @@ from jaxgrpo.programs import (
 )
 from jaxgrpo.rollout import Rollout
 from jaxgrpo.sharding import (
+    RULES,
     SAMPLER_RULES,
     make_mesh,
     param_shardings,
@@ -77,7 +79,7 @@ class Run(NamedTuple):
     mesh: Mesh
     programs: TrainPrograms
     compilations: CompileCounter
-    reference: Params
+    reference: Params  # of the trained weights
     frozen: Params
     prompt: Prompt
     prompts: list[Prompt]
@@ -85,7 +87,7 @@ class Run(NamedTuple):
     def start(self) -> tuple[TrainState, Params]:
         """(state, the sampler's weights) before the first step; updates donate their state."""
         optimizer = make_optimizer(CONFIG.optim, 10)
-        trained, _ = split_frozen(self.reference, True)
+        trained = jax.tree.map(jnp.copy, self.reference)
         state = init_program(self.mesh, optimizer, trained)(trained)
         return state, self.publish(state)
 
@@ -108,7 +110,9 @@ class Run(NamedTuple):
             advantages=put_prompts(self.mesh, np.asarray(advantages, np.float32)),
             sampler_logp=rollout.sampler_logp,
             old_logp=None,
-            ref_logp=self.programs.reference(self.reference, self.prompt, features, rollout.tokens),
+            ref_logp=self.programs.reference(
+                self.reference, self.frozen, self.prompt, features, rollout.tokens
+            ),
         )
 
 
@@ -126,19 +130,28 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     params = jax.tree.map(lambda x, s: put_global(np.asarray(x), s), small.params, shardings)
     optimizer = make_optimizer(CONFIG.optim, 10)
     trained, frozen = split_frozen(params, True)
-    state = init_program(mesh, optimizer, trained)(trained)
-    layout = param_shardings(small.policy.config, mesh, SAMPLER_RULES)
-    sampler = publish_program(small.policy, layout)(state.params, frozen)
+    state = init_program(mesh, optimizer, trained).lower(trained).out_info
+    publish = lower_publish(mesh, small.policy, trained, frozen)
+    keep = lower_publish(mesh, small.policy, trained, {}, RULES)
+    reference = keep.compile()(trained, {})
 
     rng = np.random.default_rng(1)
     prompts = [random_prompt(rng, layout, vocab=VOCAB) for layout in LAYOUTS[:P]]
     bucket = bucket_of(prompts)
     with CompileCounter() as compilations:
-        programs = compile_train(
-            CONFIG, mesh, small.policy, bucket, optimizer, state, frozen, sampler
-        )
+        programs = lower_train(
+            CONFIG,
+            mesh,
+            small.policy,
+            bucket,
+            optimizer,
+            state,
+            frozen,
+            publish.out_info,
+            keep.out_info,
+        ).compile()
     prompt = put_prompts(mesh, collate(prompts, bucket, PAD))
-    return Run(small, mesh, programs, compilations, params, frozen, prompt, prompts)
+    return Run(small, mesh, programs, compilations, reference, frozen, prompt, prompts)
 
 
 def leaves(tree: Any) -> list[np.ndarray]:
@@ -188,7 +201,7 @@ def test_features_leave_the_rollout_when_the_tower_is_frozen(run: Run) -> None:
     _, sampler = run.start()
     _, features = run.rollout(sampler, 0, 0)
     encode = fast_jit(lambda params, prompt: run.small.policy.merge(params).encode_vision(prompt))
-    expected = encode(run.reference, run.prompt)
+    expected = encode(run.reference | run.frozen, run.prompt)
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -213,7 +226,7 @@ def test_the_first_step_is_on_policy_and_the_next_leaves_the_reference(run: Run)
 
 
 def test_updates_donate_their_state_but_leave_reference_and_frozen_weights(run: Run) -> None:
-    """The state starts as a copy: donating it must not take the reference's buffers along."""
+    """The reference is a copy: donating the weights must not take its buffers along."""
     before = leaves(run.reference)
     state, sampler = run.start()
     batch = run.batch(*run.rollout(sampler, 0, 0), ADVANTAGES)
@@ -224,7 +237,7 @@ def test_updates_donate_their_state_but_leave_reference_and_frozen_weights(run: 
         np.testing.assert_array_equal(old, now)
     moved = [
         np.abs(a - b).max()
-        for a, b in zip(leaves(after.params), leaves(run.reference["text"]), strict=True)
+        for a, b in zip(leaves(after.params), leaves(run.reference), strict=True)
     ]
     assert min(moved) > 0
 
@@ -237,7 +250,7 @@ def test_likely_is_what_was_rewarded(run: Run) -> None:
     for _ in range(10):
         state, _ = run.programs.update(state, run.frozen, batch)
     assert run.programs.reference is not None
-    logp = run.programs.reference(state.params | run.frozen, run.prompt, features, rollout.tokens)
+    logp = run.programs.reference(state.params, run.frozen, run.prompt, features, rollout.tokens)
     mask = np.arange(C) < np.asarray(rollout.lengths)[..., None]
     gained = (mask * (np.asarray(logp) - np.asarray(batch.ref_logp))).sum(-1)
     gained -= gained.mean(axis=1, keepdims=True)
@@ -274,10 +287,10 @@ def test_a_second_step_compiles_nothing(run: Run) -> None:
 def test_the_sampler_gets_the_weights_in_the_compute_dtype(run: Run) -> None:
     policy = run.small.policy._replace(compute_dtype=jnp.dtype("bfloat16"))
     layout = param_shardings(policy.config, run.mesh, SAMPLER_RULES)
-    trained, frozen = split_frozen(run.reference, True)
-    sampler = publish_program(policy, layout)(trained, frozen)
-    assert sampler.keys() == run.reference.keys()
-    for ours, master in zip(leaves(sampler), leaves(run.reference), strict=True):
+    sampler = publish_program(policy, layout)(run.reference, run.frozen)
+    masters = run.reference | run.frozen
+    assert sampler.keys() == masters.keys()
+    for ours, master in zip(leaves(sampler), leaves(masters), strict=True):
         np.testing.assert_array_equal(ours, master.astype(jnp.bfloat16))
 
 

@@ -27,8 +27,8 @@ from jaxgrpo.load import param_shapes
 from jaxgrpo.policy import Params
 from jaxgrpo.programs import (
     answer_shapes,
-    compile_publish,
     init_program,
+    lower_publish,
     prompt_shapes,
     publish_program,
     rollout_program,
@@ -273,7 +273,7 @@ def test_what_the_host_reads_is_whole_on_every_device(small: SmallModel) -> None
     """A process reads it without asking the others: only its own shards are there."""
     mesh = make_mesh(MESHES["2x2x2"])
     shapes = param_shapes(small.policy.config, mesh)
-    _, sampler = compile_publish(mesh, small.policy, shapes, {})
+    sampler = lower_publish(mesh, small.policy, shapes, {}).out_info
     prompt = prompt_shapes(mesh, small.policy.config.vision, BUCKET, PROMPT_COUNT)
     scalar = scalar_shape(mesh)
     program = rollout_program(mesh, small.policy, Sampling(GROUP, WIDTH, 1.0), keep_features=False)
