@@ -21,13 +21,8 @@ import numpy as np
 from jaxgrpo.load import restore_params
 from jaxgrpo.run_dir import is_run
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.weights import (
-    TensorFiles,
-    model_tensors,
-    read_index,
-    save,
-    write_shards,
-)
+from models.qwen2_5_vl.tensor_files import TensorFiles, read_index, write_shards
+from models.qwen2_5_vl.weights import model_tensors, save
 
 ExportDtype = Literal["source", "bfloat16", "float32"]
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from jaxgrpo.checkpoint import latest_step, read_part
@@ -16,7 +15,7 @@ from jaxgrpo.config import Config, ConfigError, MeshSection, ModelSection
 from jaxgrpo.inputs import pixel_limits
 from jaxgrpo.policy import Params, Policy, Vocabulary
 from jaxgrpo.run_dir import is_run, read_config
-from jaxgrpo.sharding import make_mesh, param_shardings, put_global
+from jaxgrpo.sharding import make_mesh, param_shardings
 from jaxgrpo.update import split_frozen
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, random_params
@@ -125,29 +124,33 @@ def weight_steps(path: str | Path) -> list[int | None]:
 
 
 def load_params(path: str | Path, config: ModelConfig, shardings: Any) -> Params:
-    """Float32 weights of a model directory or of a run's newest checkpoint, on `shardings`.
+    """Float32 weights of a model directory or of a run's newest checkpoint.
+
+    Args:
+      shardings: where the weights lie, by "text" and "vision"; only what it names is read.
 
     Raises: as `open_params`.
     """
-    if is_run(path):
-        base = read_config(path).model
-        _, shapes = abstract_model(config)
-        trained = split_frozen(shapes, base.freeze_vision)[0]
-        like = jax.tree.map(
+    if not is_run(path):
+        return load(model_directory(path), config, shardings=shardings)
+    base = read_config(path).model
+    trained = split_frozen(abstract_model(config)[1], base.freeze_vision)[0]
+    like = {
+        name: jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            trained,
-            {name: shardings[name] for name in trained},
+            trained[name],
+            shardings[name],
         )
-        params = read_part(path, {"params": like})["params"]
-        if params.keys() == shapes.keys():
-            return params
-        if base.init == "random":
-            raise ConfigError(f"{path} froze a random vision tower, which is not kept anywhere")
-        return load_params(base.path, config, shardings) | params
-    flat = flatten_dict(shardings)
-    return load(
-        model_directory(path), config, place=lambda array, where: put_global(array, flat[where])
-    )
+        for name in trained
+        if name in shardings
+    }
+    params = read_part(path, {"params": like})["params"] if like else {}
+    frozen = {name: where for name, where in shardings.items() if name not in trained}
+    if not frozen:
+        return params
+    if base.init == "random":
+        raise ConfigError(f"{path} froze a random vision tower, which is not kept anywhere")
+    return params | load_params(base.path, config, frozen)
 
 
 def restore_params(run_dir: str | Path) -> tuple[Params, Path]:

@@ -7,30 +7,33 @@ stands for the layer: those tensors are stacked along a leading layer axis.
 
 from __future__ import annotations
 
+import gc
 import itertools
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import Sharding
 
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model
+from models.qwen2_5_vl.tensor_files import (
+    Tensor,
+    TensorFiles,
+    WeightError,
+    read_index,
+    write_shards,
+)
+from models.slicing import read_part
 
 Path_ = tuple[str, ...]
-
-
-class WeightError(ValueError):
-    """A checkpoint whose tensors are not those of the model its config.json describes."""
 
 
 class Row(NamedTuple):
@@ -100,13 +103,8 @@ _VISION = [
 ]
 TABLE: tuple[Row, ...] = tuple(_TEXT + _VISION)
 
-_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 1000**3  # as transformers writes them
-_NUMPY_DTYPES: dict[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+_ROWS = 4096  # of an embedding, compared at a time
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
@@ -126,81 +124,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
     }
 
 
-def released_name(name: str) -> str:
-    """The released spelling of a tensor name; transformers 5 nests `model.visual.*` and so on."""
-    name = re.sub(r"^model\.language_model\.", "model.", name)
-    return re.sub(r"^model\.visual\.", "visual.", name)
-
-
 # ---- loading ----
-
-
-class Tensor(NamedTuple):
-    """Where a tensor lies, and what the file's header says of it."""
-
-    file: Path
-    name: str  # as spelled in the file
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-def read_index(directory: str | Path) -> dict[str, Tensor]:
-    """The tensors of a model directory by released name, from the headers of its *.safetensors.
-
-    Raises:
-      FileNotFoundError: there are none, or the index names a shard that is not there.
-      WeightError: two tensors have the same name, or one has a type that is not a float's.
-    """
-    directory = Path(directory)
-    index_file = directory / _INDEX
-    if index_file.is_file():
-        try:
-            named = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-            files = [directory / name for name in sorted(set(named.values()))]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise WeightError(
-                f"{index_file} is not an index of safetensors ({error!r}): download it again"
-            ) from error
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"{directory} has no *.safetensors: download the model's weights there "
-            "(PyTorch .bin files are not read)"
-        )
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is named in {index_file.name} but does not exist")
-        for tensor in _headers(file):
-            released = released_name(tensor.name)
-            if released in tensors:
-                other = tensors[released]
-                raise WeightError(
-                    f"tensor {released} is there twice: as {other.name} in {other.file.name} "
-                    f"and as {tensor.name} in {file.name}; delete the shard that is left over"
-                )
-            tensors[released] = tensor
-    return tensors
-
-
-def _headers(file: Path) -> list[Tensor]:
-    try:
-        with safe_open(file, framework="numpy") as handle:
-            views = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            kinds = {name: view.get_dtype() for name, view in views.items()}
-            shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
-    except SafetensorError as error:
-        raise WeightError(
-            f"{file} is not a whole safetensors file ({error}): download it again"
-        ) from error
-    for name, kind in kinds.items():
-        if kind not in _NUMPY_DTYPES:
-            raise WeightError(
-                f"{file}: tensor {name} has type {kind}, expected one of "
-                f"{', '.join(_NUMPY_DTYPES)} (quantised checkpoints cannot be trained)"
-            )
-    return [Tensor(file, name, shapes[name], _NUMPY_DTYPES[kinds[name]]) for name in kinds]
 
 
 def load(
@@ -208,32 +132,99 @@ def load(
     config: ModelConfig,
     *,
     dtype: Any = np.float32,
-    place: Callable[[np.ndarray, Path_], jax.Array] = lambda array, path: jax.device_put(array),
+    shardings: Any = None,
 ) -> dict[str, Any]:
-    """Reads a Hugging Face directory into our parameter tree, one weight at a time.
+    """Reads a Hugging Face directory into our parameter tree.
+
+    A process reads the parts that its devices hold, each once, and has one of them in host memory
+    at a time: at most twice the bytes of the largest shard, however large the model. (Files are
+    mapped: where the innermost axis of a file's tensor is split, whole pages are read from disk.)
 
     Args:
       directory: holds *.safetensors under the released or the newer names.
       config: from the same directory.
       dtype: of the parameters (float32 for training's master weights).
-      place: puts one host array on its devices; gets the weight's path in the tree.
+      shardings: where weights lie, in the nesting of the parameters; only those that it names are
+        read. None: all, on one device.
 
     Raises:
       FileNotFoundError: a file is missing.
       WeightError: a tensor is unknown, missing, there twice, or of another shape; all are named.
     """
-    tensors = model_tensors(directory, config)
-    _, shapes = abstract_model(config)
-    params: dict[Path_, jax.Array] = {}
     with TensorFiles() as files:
-        for weight in _placed(config, flatten_dict(shapes)):
-            arrays = [
-                rearrange(files.read(tensors[name]), weight.row.pattern, **weight.sizes)
-                for name in weight.names
-            ]
-            array = np.stack(arrays) if weight.row.stacked else arrays[0]
-            params[weight.path] = place(array.astype(dtype), weight.path)
+        weights = HostWeights(files, directory, config, dtype)
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        where: dict[Path_, Sharding] = (
+            dict.fromkeys(weights.shapes, one_device)
+            if shardings is None
+            else flatten_dict(shardings)
+        )
+        params = {
+            path: _from_shards(partial(weights.read, path), weights.shapes[path], sharding)
+            for path, sharding in where.items()
+        }
     return unflatten_dict(params)
+
+
+class HostWeights:
+    """The weights of a Hugging Face directory as our arrays, of which any part can be read."""
+
+    def __init__(
+        self, files: TensorFiles, directory: str | Path, config: ModelConfig, dtype: Any
+    ) -> None:
+        """Args, raises: see `load`."""
+        shapes = flatten_dict(abstract_model(config)[1])
+        self.shapes: dict[Path_, tuple[int, ...]] = {path: x.shape for path, x in shapes.items()}
+        self._weights = {weight.path: weight for weight in _placed(config, shapes)}
+        self._tensors = model_tensors(directory, config)
+        self._files = files
+        self._dtype = np.dtype(dtype)
+
+    def read(self, path: Path_, index: Sequence[slice]) -> np.ndarray:
+        """Part `index` (one slice for each axis, step 1) of the weight at `path`, in our type."""
+        weight = self._weights[path]
+        lengths = [len(range(n)[part]) for part, n in zip(index, weight.shape, strict=True)]
+        values = np.empty(lengths, self._dtype)
+        if not weight.row.stacked:
+            values[...] = self._read_released(weight, weight.names[0], index)
+            return values
+        layers, *rest = index
+        for layer, name in zip(values, weight.names[layers], strict=True):
+            layer[...] = self._read_released(weight, name, rest)
+        return values
+
+    def _read_released(self, weight: _Placed, name: str, index: Sequence[slice]) -> np.ndarray:
+        tensor = self._tensors[name]
+        read = partial(self._files.read, tensor)
+        return read_part(read, tensor.shape, weight.row.pattern, weight.sizes, index)
+
+
+def _from_shards(
+    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: Sharding
+) -> jax.Array:
+    """A global array of the parts that this process's devices hold.
+
+    Not `jax.make_array_from_callback`, which keeps the parts of all devices until the last is read.
+    """
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # by the part they hold
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None  # an addressable device holds something
+        bounds = tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    shards: list[jax.Array] = []
+    for bounds, holders in devices.items():
+        shards += _put(read(tuple(slice(*bound) for bound in bounds)), holders)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _put(values: np.ndarray, devices: Sequence[jax.Device]) -> list[jax.Array]:
+    """Copies of a host array on devices, after which its memory may go.
+
+    Only a CPU device may have taken it for its own.
+    """
+    copies = jax.block_until_ready([jax.device_put(values, device) for device in devices])
+    gc.collect(0)  # jax puts down what it has copied when Python collects garbage
+    return copies
 
 
 def model_tensors(directory: str | Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -304,25 +295,13 @@ def _placed(config: ModelConfig, shapes: Mapping[Path_, Any]) -> Iterator[_Place
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
+    """Whether two tensors have the same values; read by rows, as an embedding is large."""
+    if b is None or a.shape != b.shape:
+        return False
+    starts = range(0, a.shape[0], _ROWS)
+    rows = [(slice(start, min(start + _ROWS, a.shape[0])),) for start in starts]
     with TensorFiles() as files:
-        return b is not None and np.array_equal(files.read(a), files.read(b))
-
-
-class TensorFiles:
-    """Open safetensors files, each opened once."""
-
-    def __enter__(self) -> Self:
-        self._open: dict[Path, Any] = {}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.clear()
-
-    def read(self, tensor: Tensor) -> np.ndarray:
-        """The values of a tensor."""
-        if tensor.file not in self._open:
-            self._open[tensor.file] = safe_open(tensor.file, framework="numpy")
-        return self._open[tensor.file].get_tensor(tensor.name)
+        return all(np.array_equal(files.read(a, part), files.read(b, part)) for part in rows)
 
 
 # ---- exporting ----
@@ -373,38 +352,3 @@ def save(
         (name, array.astype(dtype_of(name))) for name, array in released_tensors(params, config)
     )
     return write_shards(directory, [itertools.islice(tensors, count) for count in counts])
-
-
-def write_shards(
-    directory: str | Path, shards: Sequence[Iterable[tuple[str, np.ndarray]]]
-) -> list[Path]:
-    """Writes one file, or several and their index, under the names that transformers looks for.
-
-    Args:
-      directory: must exist.
-      shards: the (name, tensor) of each file; taken in order, so that one file's are in memory.
-
-    Returns:
-      The files written.
-    """
-    directory = Path(directory)
-    written: list[Path] = []
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, shard in enumerate(shards, 1):
-        single = len(shards) == 1
-        file = (
-            "model.safetensors"
-            if single
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in shard}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        written.append(directory / file)
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        written.append(directory / _INDEX)
-        written[-1].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return written

@@ -17,7 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from jaxgrpo import export
 from jaxgrpo.export import ExportError, export_model, export_params
-from models.qwen2_5_vl import weights as released_weights
+from models.qwen2_5_vl import tensor_files
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model
 from models.qwen2_5_vl.positions import Grid
@@ -340,7 +340,7 @@ def test_a_crash_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         written.append(file)
         file.write_bytes(b"half")
 
-    monkeypatch.setattr(released_weights, "save_file", save_and_crash)
+    monkeypatch.setattr(tensor_files, "save_file", save_and_crash)
     with pytest.raises(KeyboardInterrupt):
         export_model(source, tmp_path / "out")
     assert written

@@ -5,28 +5,32 @@ from __future__ import annotations
 import json
 import math
 import re
+import tracemalloc
 from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from flax.traverse_util import flatten_dict
-from safetensors import safe_open
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from models.qwen2_5_vl import weights
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.model import abstract_model, weight_axes
+from models.qwen2_5_vl.model import abstract_model, random_params, weight_axes
+from models.qwen2_5_vl.tensor_files import Tensor, TensorFiles, read_index
 from models.qwen2_5_vl.weights import (
     TABLE,
+    HostWeights,
     WeightError,
     load,
-    read_index,
     released_tensors,
     save,
 )
@@ -148,14 +152,6 @@ def test_shards_have_an_index_and_a_bound(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, again, load(tmp_path, config))
 
 
-def test_files_say_that_they_are_for_pytorch(tmp_path: Path) -> None:
-    """transformers 4 refuses safetensors without this."""
-    config = write(tmp_path, released_weights())
-    [file] = save(tmp_path, load(tmp_path, config), config, lambda name: np.dtype(np.float32))
-    with safe_open(file, framework="numpy") as handle:
-        assert handle.metadata() == {"format": "pt"}
-
-
 def test_shards_of_others_are_read_through_their_index(tmp_path: Path) -> None:
     """A stray file beside them is not."""
     raw = hf_model.released_config(tied=False)
@@ -175,18 +171,141 @@ def test_the_names_of_transformers_5_are_read(tmp_path: Path) -> None:
     assert_same_bits(ours, released_weights())
 
 
-def test_each_weight_is_placed_once_with_its_path(tmp_path: Path) -> None:
-    config = write(tmp_path, released_weights())
-    placed: dict[tuple[str, ...], tuple[int, ...]] = {}
+# ---- onto devices ----
 
-    def place(array: np.ndarray, path: tuple[str, ...]) -> jax.Array:
-        assert path not in placed
-        placed[path] = array.shape
-        return jax.device_put(array)
+MESH = ("x", "y")
+FSDP = {"embed": "x", "vision_embed": "x"}
+TENSOR = dict.fromkeys(("heads", "kv_heads", "vision_heads", "mlp", "vision_mlp", "vocab"), "y")
+LAYOUTS: dict[str, tuple[tuple[int, int], dict[str, str]]] = {
+    "replicated": ((4, 2), {}),
+    "fsdp": ((8, 1), FSDP),
+    "tensor": ((4, 2), TENSOR),
+    "fsdp and tensor": ((4, 2), FSDP | TENSOR),
+    "inside of heads": ((4, 2), {"head_dim": "x", "mlp": "y"}),
+    "layers, and queries from keys": ((3, 2), {"layers": "x", "qkv": "x", "vocab": "y"}),
+    "across the pixels of a patch": ((8, 1), {"patch": "x"}),
+}
 
-    load(tmp_path, config, place=place)
-    shapes = flatten_dict(abstract_model(config)[1])
-    assert placed == {path: shape.shape for path, shape in shapes.items()}
+
+def layout(config: ModelConfig, name: str) -> dict[tuple[str, ...], NamedSharding]:
+    """By path, where a weight lies on simulated devices."""
+    shape, rules = LAYOUTS[name]
+    devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
+    mesh = Mesh(devices, MESH)
+
+    def sharding(names: tuple[str, ...]) -> NamedSharding:
+        # A mesh axis splits one axis of an array: stacked query weights by layer.
+        axes = [rules.get(axis) for axis in names]
+        axes = [axis if axis not in axes[:i] else None for i, axis in enumerate(axes)]
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    axes_of = flatten_dict(weight_axes(config))
+    return {path: sharding(names) for path, names in axes_of.items()}
+
+
+class Counted(TensorFiles):
+    """Counts what is read of each tensor."""
+
+    def __init__(self) -> None:
+        self.values: Counter[str] = Counter()
+
+    def read(self, tensor: Tensor, part: tuple[slice, ...] = ()) -> np.ndarray:
+        read = super().read(tensor, part)
+        self.values[tensor.name] += read.size
+        return read
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
+    """A directory in bfloat16, as released."""
+    directory = tmp_path_factory.mktemp("small")
+    return directory, write(directory, released_weights(dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_sharded_weights_are_the_unsharded_ones_bit_for_bit(
+    small: tuple[Path, ModelConfig], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """And what several devices hold is read once."""
+    directory, config = small
+    expected = flatten_dict(load(directory, config))
+    counted = Counted()
+    monkeypatch.setattr(weights, "TensorFiles", lambda: counted)
+    shardings = layout(config, name)
+    sharded = flatten_dict(load(directory, config, shardings=unflatten_dict(shardings)))
+    assert sharded.keys() == expected.keys()
+    for path, array in sharded.items():
+        assert array.sharding == shardings[path]
+        got, want = np.asarray(array), np.asarray(expected[path])
+        np.testing.assert_array_equal(got.view(np.int32), want.view(np.int32), str(path))
+    whole = {name: math.prod(tensor.shape) for name, tensor in read_index(directory).items()}
+    if name == "across the pixels of a patch":  # the smallest boxes around its parts overlap
+        assert counted.values.pop(PATCHES) <= 3 * whole.pop(PATCHES)
+    assert counted.values == whole
+
+
+PATCHES = "visual.patch_embed.proj.weight"
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name[:6] != "across"])
+def test_a_host_reads_the_parts_of_its_devices_and_nothing_else(
+    small: tuple[Path, ModelConfig], name: str
+) -> None:
+    """The host of the first half of the devices; the other half need not exist."""
+    directory, config = small
+    with Counted() as files:
+        source = HostWeights(files, directory, config, np.float32)
+        for path, sharding in layout(config, name).items():
+            files.values.clear()
+            shape = source.shapes[path]
+            indices = list(sharding.devices_indices_map(shape).values())
+            mine = {str(index): index for index in indices[: len(indices) // 2]}.values()
+            needed = sum(source.read(path, index).size for index in mine)
+            assert files.values.total() == needed
+            assert needed * len(set(map(str, indices))) == math.prod(shape) * len(mine)
+
+
+def test_only_what_is_asked_for_is_read(
+    small: tuple[Path, ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example the vision tower that a run froze."""
+    directory, config = small
+    counted = Counted()
+    monkeypatch.setattr(weights, "TensorFiles", lambda: counted)
+    shardings = unflatten_dict(layout(config, "fsdp"))
+    tower = load(directory, config, shardings={"vision": shardings["vision"]})
+    assert tower.keys() == {"vision"}
+    assert counted.values.keys() == {
+        name for name in read_index(directory) if name.startswith("visual.")
+    }
+
+
+def test_a_host_holds_one_part_of_one_weight_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the largest shard: the shard, and what is read for it at once, here all of it."""
+    raw = hf_model.released_config(tied=False, vocab=16_000, intermediate_size=3200)
+    config = ModelConfig.from_dict(raw)
+    random = random_params(config, seed=0)
+    save(tmp_path, random, config, lambda name: np.dtype(np.float32))
+    shardings = layout(config, "fsdp and tensor")
+    sizes = {path: leaf.nbytes for path, leaf in flatten_dict(random).items()}
+    parts = {
+        path: len(set(map(str, shardings[path].devices_indices_map(leaf.shape).values())))
+        for path, leaf in flatten_dict(random).items()
+    }
+    shard = max(size // parts[path] for path, size in sizes.items())
+
+    put = jax.device_put  # a simulated device may work on the host's array: give it its own
+    monkeypatch.setattr(jax, "device_put", lambda values, device: jnp.copy(put(values, device)))
+    load(tmp_path, config, shardings=unflatten_dict(shardings))  # fills caches
+    tracemalloc.start()
+    load(tmp_path, config, shardings=unflatten_dict(shardings))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    python_objects = 300_000  # headers, shapes, shardings
+    assert peak < 2 * shard + python_objects
+    assert 2 * shard + python_objects < min(max(sizes.values()), sum(sizes.values()) / 10)
 
 
 # ---- an output head in the file of a tied model ----
@@ -199,10 +318,13 @@ def test_a_tied_model_may_repeat_its_embedding(tmp_path: Path) -> None:
     assert "head" not in load(tmp_path, config)["text"]
 
 
-def test_a_tied_model_with_another_head_is_refused(tmp_path: Path) -> None:
+def test_a_tied_model_with_another_head_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_ROWS", 100)
     tensors = released_weights(tied=True)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors["lm_head.weight"][3, 4] += 1
+    tensors["lm_head.weight"][-1, 4] += 1  # in the last of the blocks of rows that are compared
     config = write(tmp_path, tensors, tied=True)
     with pytest.raises(WeightError, match="lm_head.weight, which differs from the embedding"):
         load(tmp_path, config)
@@ -273,34 +395,6 @@ def test_all_problems_are_named_up_to_a_bound(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "missing: model.norm.weight" in message and "unknown: extra.0" in message
     assert message.endswith("... and 11 more")
-
-
-def test_a_tensor_in_two_files_is_named_with_both(tmp_path: Path) -> None:
-    tensors = released_weights()
-    config = write(tmp_path, tensors, {"model.norm.weight": tensors["model.norm.weight"]})
-    with pytest.raises(WeightError, match="model.norm.weight is there twice") as caught:
-        load(tmp_path, config)
-    assert "part-0.safetensors" in str(caught.value)
-    assert "part-1.safetensors" in str(caught.value)
-
-
-def test_a_tensor_under_both_names_is_there_twice(tmp_path: Path) -> None:
-    tensors = released_weights()
-    tensors["model.language_model.norm.weight"] = tensors["model.norm.weight"].clone()
-    config = write(tmp_path, tensors)
-    with pytest.raises(WeightError, match="as model.language_model.norm.weight"):
-        load(tmp_path, config)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "spelled"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")], ids=str
-)
-def test_a_quantised_tensor_is_named(tmp_path: Path, dtype: torch.dtype, spelled: str) -> None:
-    tensors = released_weights()
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
-    config = write(tmp_path, tensors)
-    with pytest.raises(WeightError, match=f"tensor model.norm.weight has type {spelled}"):
-        load(tmp_path, config)
 
 
 # ---- the table, and real sizes ----
