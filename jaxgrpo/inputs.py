@@ -386,12 +386,16 @@ def _bucket_of(tokens: int, buckets: Sequence[int]) -> int:
 
 
 def _bucket_sizes(sizes: Sequence[Size], tokens: Sequence[int]) -> tuple[Size, ...]:
-    """What each bucket offers: its tokens, and of all else the most that a prompt in it needs."""
+    """What each bucket offers: its tokens, and of all else the most that a prompt in it needs.
+
+    The rows that a prompt's frames need are known once the largest frame of the bucket is.
+    """
     offers: list[Size] = []
     for bucket, width in enumerate(tokens):
         members = [size for size in sizes if _bucket_of(size.tokens, tokens) == bucket]
-        most = np.max(members, axis=0).tolist() if members else [0] * len(Size._fields)
-        offers.append(Size(*most)._replace(tokens=width))
+        most = Size(*np.max(members, axis=0).tolist()) if members else Size(0, 0, 0, 0, 0)
+        rows = max((size.rows(most.frame_patches) for size in members), default=0)
+        offers.append(most._replace(tokens=width, frames=rows))
     return tuple(offers)
 
 

@@ -196,6 +196,49 @@ def index_tables(
     )
 
 
+def pack_frames(frame_index: Int32, slots: int) -> Int32:
+    """Puts whole frames into rows, one after another, each in the row before it if that has room.
+
+    One worked example: the frames [[0 1 2] [3 4 -1] [5 6 -1]] in rows of 4 slots are
+    [[0 1 2 -1] [3 4 5 6]]; in rows of 3 slots they are the same as before.
+
+    Args:
+      frame_index: i32[T, Q] patches of each frame, padded on the right with -1.
+      slots: of a row, at least the patches of the largest frame.
+
+    Returns:
+      i32[R, slots], padded on the right with -1: the fewest rows that keep the frames in order.
+    """
+    frames = [frame[frame >= 0] for frame in frame_index]
+    places: list[tuple[int, int]] = []  # row and first slot of each frame
+    row, filled = -1, slots
+    for frame in frames:
+        if filled + len(frame) > slots:
+            row, filled = row + 1, 0
+        places.append((row, filled))
+        filled += len(frame)
+    packed = np.full((row + 1, slots), -1, np.int32)
+    for frame, (row, first) in zip(frames, places, strict=True):
+        packed[row, first : first + len(frame)] = frame
+    return packed
+
+
+def frame_rows(frames: int, patches: int, largest: int, slots: int) -> int:
+    """How many rows `pack_frames` needs at most.
+
+    Exact for frames of one size; in any case the rows have less than 2 * patches + slots slots.
+
+    Args:
+      frames, patches: how many there are.
+      largest: patches of the largest frame.
+      slots: of a row, at least `largest`.
+    """
+    if not frames:
+        return 0
+    # Two rows that follow each other hold more than one row could, or they would be one.
+    return min(-(-frames // (slots // largest)), 2 * -(-patches // slots) - 1)
+
+
 def fill_patches(
     frames: UInt8,
     patch_size: int,

@@ -32,8 +32,10 @@ from models.qwen2_5_vl.positions import (
     VisionSpan,
     fill_patches,
     frame_layout,
+    frame_rows,
     index_tables,
     mrope_positions,
+    pack_frames,
 )
 
 Array: TypeAlias = Any
@@ -63,11 +65,17 @@ class Size(NamedTuple):
     tokens: int
     patches: int
     windows: int
-    frames: int  # temporal grids
-    frame_patches: int  # patches of the largest frame
+    frames: int  # temporal grids; of a bucket: rows that whole frames are packed into
+    frame_patches: int  # patches of the largest frame; of a bucket: slots of a row
+
+    def rows(self, slots: int) -> int:
+        """How many rows of `slots` patches are sure to hold this prompt's frames."""
+        return frame_rows(self.frames, self.patches, self.frame_patches, slots)
 
     def fits(self, bucket: Size) -> bool:
-        return all(need <= offer for need, offer in zip(self, bucket, strict=True))
+        rest = all(need <= offer for need, offer in zip(self[:3], bucket[:3], strict=True))
+        slots = bucket.frame_patches
+        return rest and self.frame_patches <= slots and self.rows(slots) <= bucket.frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Prompt(NamedTuple):
     patches: Array  # u8[N, 3 * 2 * 14 * 14] raw pixels (channel, frame, row, column), window order
     patch_hw: Array  # i32[N, 2] row and column of the patch in its frame
     window_index: Array  # i32[W, K] patches of each window, -1 = padding
-    frame_index: Array  # i32[T, Q] patches of each frame, -1 = padding
+    frame_index: Array  # i32[T, Q] patches of each frame, -1 = padding; a batch packs its rows
 
     @property
     def size(self) -> Size:
@@ -393,7 +401,7 @@ def resize(frames: UInt8, height: int, width: int) -> UInt8:
 
 
 def collate(prompts: Sequence[Prompt], bucket: Size, pad_id: int) -> Prompt:
-    """Stacks prompts into one batch, padded on the right to the bucket's size.
+    """Stacks prompts into one batch, padded on the right to the bucket's size, frames packed.
 
     One worked example: prompts of 3 and 2 tokens in a bucket of 4 give tokens
     [[a, b, c, pad], [d, e, pad, pad]], vision_index padded with -1 and length [3, 2].
@@ -420,7 +428,9 @@ def collate(prompts: Sequence[Prompt], bucket: Size, pad_id: int) -> Prompt:
         patches=_stack([p.patches for p in prompts], 0, patches, patch_dim),
         patch_hw=_stack([p.patch_hw for p in prompts], 0, patches, 2),
         window_index=_stack([p.window_index for p in prompts], -1, windows, window_patches),
-        frame_index=_stack([p.frame_index for p in prompts], -1, frames, frame_patches),
+        frame_index=_stack(
+            [pack_frames(p.frame_index, frame_patches) for p in prompts], -1, frames, frame_patches
+        ),
     )
 
 

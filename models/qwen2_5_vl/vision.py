@@ -6,7 +6,8 @@ Legend: P prompts, N patches (padded), R segments and Q patches per segment (win
 
 The processor lays the patches of a prompt tightly in window order and says which patches form each
 window (`window_index`) and each frame (`frame_index`). Linear layers run on the tight layout, so
-ragged windows cost nothing there; only attention gathers patches into padded segments.
+ragged windows cost nothing there; only attention gathers patches into padded segments. Small frames
+share a segment, in which each patch attends to its own frame.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class VisionTower(nnx.Module):
             window order; the four patches of a merged unit side by side.
           patch_hw: int32[P, N, 2] row and column of each patch in its frame.
           window_index: int32[P, W, Q] the patches of each window, -1 for padding.
-          frame_index: int32[P, T, Q'] the patches of each frame, -1 for padding.
+          frame_index: int32[P, R', Q'] rows of whole frames, one or several each, -1 for padding.
           remat: recompute each block in the backward pass instead of keeping its activations.
 
         Returns:
@@ -175,7 +176,7 @@ class VisionTower(nnx.Module):
         x = project(self.normalise(patches).astype(self.patch_embed[...].dtype), self.patch_embed)
         cos, sin = self.rotary(patch_hw)
         windows = _segments(window_index, patches.shape[1])
-        frames = _segments(frame_index, patches.shape[1])
+        frames = _frame_segments(frame_index, patch_hw)
         block_def, block_params = nnx.split(self.blocks)
         is_full = np.isin(np.arange(config.depth), config.full_attention_blocks)
 
@@ -211,20 +212,37 @@ class VisionTower(nnx.Module):
         return jnp.cos(angle), jnp.sin(angle)
 
 
-def _segments(index: Array, rows: int) -> tuple[Array, Array]:
-    """(int32[P, R, Q], the inverse int32[P, N]) of a table of windows or frames."""
-    return index, invert(index.reshape(index.shape[0], -1), rows)
+def _segments(index: Array, rows: int) -> tuple[Array, Array, Array]:
+    """A table int32[P, R, Q] of windows, its inverse int32[P, N], the mask bool[P, R, 1, Q]."""
+    inverse = invert(index.reshape(index.shape[0], -1), rows)
+    return index, inverse, (index >= 0)[:, :, None, :]
 
 
-def _attend_segments(qkv: Array, index: Array, inverse: Array) -> Array:
-    """Full attention inside each segment: [P, N, A, 3, H] -> [P, N, A, H]."""
+def _frame_segments(index: Array, patch_hw: Array) -> tuple[Array, Array, Array]:
+    """A table of rows of frames, its inverse, and who attends to whom: the patches of a frame.
+
+    A frame's first patch is at (0, 0) and no other is, so that counting those numbers the frames.
+    One worked example: frames of 2 and 1 patches in a row of 4 slots, [0 1 2 -1], are numbered
+    [1 1 2 0], and the mask is [[1 1 0 0] [1 1 0 0] [0 0 1 0] [0 0 0 1]].
+
+    Args:
+      index: int32[P, R, Q], -1 for padding.
+      patch_hw: int32[P, N, 2].
+
+    Returns:
+      index, int32[P, N], bool[P, R, Q, Q].
+    """
+    frame = jnp.cumsum(jnp.all(patch_hw == 0, axis=-1), axis=1, dtype=index.dtype)[..., None]
+    flat = index.reshape(index.shape[0], -1)
+    inverse = invert(flat, patch_hw.shape[1])
+    number = permute(frame, flat, inverse).reshape(index.shape)
+    return index, inverse, number[..., :, None] == number[..., None, :]
+
+
+def _attend_segments(qkv: Array, index: Array, inverse: Array, mask: Array) -> Array:
+    """Attention inside each segment, where the mask is true: [P, N, A, 3, H] -> [P, N, A, H]."""
     p, r, q = index.shape
     flat = index.reshape(p, r * q)
     gathered = permute(qkv, flat, inverse).reshape(p, r, q, *qkv.shape[2:])
-    out = attend(
-        gathered[..., 0, :],
-        gathered[..., 1, :],
-        gathered[..., 2, :],
-        (index >= 0)[:, :, None, :],
-    )
+    out = attend(gathered[..., 0, :], gathered[..., 1, :], gathered[..., 2, :], mask)
     return permute(out.reshape(p, r * q, *out.shape[3:]), inverse, flat)

@@ -33,7 +33,7 @@ from jaxgrpo.inputs import (
     prepare,
 )
 from jaxgrpo.load import open_processor
-from models.qwen2_5_vl.processor import Processor, Video
+from models.qwen2_5_vl.processor import Processor, Size, Video
 from tests.data import clips
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import Workplace
@@ -93,9 +93,46 @@ def test_a_bucket_offers_what_its_largest_prompt_needs(inputs: Inputs) -> None:
             sizes = [
                 dataset.sizes[item] for dataset in datasets for item in dataset.buckets[number]
             ]
-            for name in ("patches", "windows", "frames", "frame_patches"):
+            for name in ("patches", "windows", "frame_patches"):
                 most = max((size._asdict()[name] for size in sizes), default=0)
                 assert most == bucket._asdict()[name]
+            rows = [size.rows(bucket.frame_patches) for size in sizes]
+            assert bucket.frames == max(rows, default=0)
+
+
+def test_long_clips_of_small_frames_share_a_bucket_with_short_clips_of_large_ones(
+    place: Workplace, tmp_path: Path
+) -> None:
+    """In a table of at most two slots for each patch, and a row for each prompt."""
+    record = evaluation_records(place)[0]
+    records = []
+    for name, frames, side in (("short", 12, 336), ("long", 120, 84)):  # 4 frames/s
+        fourcc = cv2.VideoWriter_fourcc(*"mp4v")
+        writer = cv2.VideoWriter(str(tmp_path / f"{name}.mp4"), fourcc, 4, (side, side))
+        for number in range(frames):
+            writer.write(np.full((side, side, 3), number, np.uint8))
+        writer.release()
+        records.append(
+            dataclasses.replace(record, id=name, video=f"{name}.mp4", duration=None, clip=None)
+        )
+    write_manifest(tmp_path / "train.jsonl", records)
+    paths = (f"data.train={tmp_path / 'train.jsonl'}", f"data.root={tmp_path}")
+    pixels = ("data.min_pixels=784", "data.max_pixels=200000", "data.total_pixels=2000000")
+    config = tiny_run.load_config(place, *paths, *pixels, "data.fps=2.0", "data.buckets=[1000]")
+    processor = open_processor(config)
+    train = prepare(config, processor, train=True, evaluation=False).train
+    short, long = train.sizes
+    assert (short.frames, short.frame_patches) == (3, 24 * 24)
+    assert (long.frames, long.frame_patches) == (30, 6 * 6)
+    [bucket] = train.offers
+    assert (bucket.frames, bucket.frame_patches) == (3, 24 * 24)  # 16 frames of `long` in a row
+
+    load = PromptLoader(processor, train.records, config.data)
+    prompts = [load(0), load(1)]
+    table = PromptCollator(train.offers, processor.pad_id)(prompts, 0).frame_index
+    assert table.size <= 2 * (short.patches + long.patches) + 2 * bucket.frame_patches
+    for rows, prompt in zip(table, prompts, strict=True):
+        np.testing.assert_array_equal(np.sort(rows[rows >= 0]), np.arange(len(prompt.patches)))
 
 
 def test_training_is_sized_without_evaluation(
@@ -144,6 +181,20 @@ def test_a_spare_of_a_bucket_is_an_item_of_another_that_it_holds(inputs: Inputs)
     for number, spares in enumerate(train.spares):
         others = set(range(len(train.records))) - set(train.buckets[number])
         assert set(spares) == {i for i in others if train.sizes[i].fits(train.offers[number])}
+
+
+def test_a_spare_whose_frames_do_not_fit_the_rows_is_none(inputs: Inputs) -> None:
+    own = Size(tokens=200, patches=480, windows=20, frames=3, frame_patches=160)
+    narrow = Size(tokens=90, patches=400, windows=20, frames=10, frame_patches=40)  # 4 in a row
+    long = Size(tokens=90, patches=440, windows=20, frames=11, frame_patches=40)
+    longer = Size(tokens=90, patches=520, windows=20, frames=13, frame_patches=40)
+    wide = Size(tokens=90, patches=161, windows=20, frames=1, frame_patches=161)
+    half = Size(tokens=90, patches=324, windows=20, frames=4, frame_patches=81)  # 1 in a row
+    sizes = (own, narrow, long, longer, wide, half)
+    dataset = inputs.train._replace(
+        sizes=sizes, buckets=((1, 2, 3, 4, 5), (0,)), offers=(long._replace(tokens=100), own)
+    )
+    assert dataset.spares[1] == [1, 2]
 
 
 def test_a_measured_prompt_is_what_is_loaded(config: Config, inputs: Inputs) -> None:

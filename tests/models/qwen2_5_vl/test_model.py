@@ -157,14 +157,34 @@ def test_a_padded_batch_equals_its_prompts_alone(models: Any) -> None:
 
 def test_vision_features_equal_the_originals(models: Any) -> None:
     theirs, ours = models(False)
-    layout = [2, Grid(3, 10, 14), 2]
-    prompt = random_prompt(np.random.default_rng(1), layout)
+    grid = Grid(3, 10, 14)
+    prompt = random_prompt(np.random.default_rng(1), [2, grid, 2])
     batch = jax.tree.map(lambda x: x[None], prompt)
-    features = np.asarray(ours.encode_vision(batch))[0]
+    assert_same_features(theirs, prompt, [grid], np.asarray(ours.encode_vision(batch))[0])
+
+
+def test_features_of_large_and_small_frames_in_one_batch_equal_the_originals(models: Any) -> None:
+    """Small frames share the rows that large ones need."""
+    theirs, ours = models(False)
+    media = [[Grid(2, 12, 14)], [Grid(21, 2, 6)], [Grid(1, 8, 8), Grid(3, 4, 6)]]
+    rng = np.random.default_rng(2)
+    prompts = [random_prompt(rng, [2, *grids_, 2]) for grids_ in media]
+    bucket = Size(*np.max([prompt.size for prompt in prompts], axis=0).tolist())
+    rows = max(prompt.size.rows(bucket.frame_patches) for prompt in prompts)
+    batch = collate(prompts, bucket._replace(frames=rows), pad_id=0)
+    assert batch.frame_index.shape == (3, 2, 168)
+    features = np.asarray(ours.encode_vision(batch))
+    for prompt, grids_, row in zip(prompts, media, features, strict=True):
+        assert_same_features(theirs, prompt, grids_, row)
+
+
+def assert_same_features(
+    theirs: Any, prompt: Prompt, media: list[Grid], features: np.ndarray
+) -> None:
     placed = features[prompt.vision_index[prompt.vision_index >= 0]]  # the original's order
     with torch.no_grad():
         expected = theirs.model.visual(
-            hf_model.pixel_values(prompt), grid_thw=torch.tensor([[3, 10, 14]])
+            hf_model.pixel_values(prompt), grid_thw=torch.tensor([tuple(grid) for grid in media])
         )
     expected = expected if isinstance(expected, torch.Tensor) else expected.pooler_output
     np.testing.assert_allclose(placed, expected.numpy(), rtol=0, atol=1e-4 * float(expected.std()))

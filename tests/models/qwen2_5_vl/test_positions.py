@@ -14,8 +14,10 @@ from models.qwen2_5_vl.positions import (
     VisionSpan,
     fill_patches,
     frame_layout,
+    frame_rows,
     index_tables,
     mrope_positions,
+    pack_frames,
 )
 
 SIDES = st.integers(1, 11).map(lambda units: 2 * units)
@@ -134,6 +136,55 @@ def test_every_patch_is_in_one_window_and_in_one_frame(grids: list[Grid]):
         frame_of[frame[frame >= 0]] = number
     for window in tables.window_index:
         assert len(set(frame_of[window[window >= 0]])) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(GRIDS, max_size=3))
+def test_a_frame_begins_at_its_row_0_and_column_0(grids: list[Grid]):
+    """The model numbers the frames by this."""
+    length, spans = spans_of(grids)
+    tables = index_tables(length, spans, merge_size=2, window_side=4)
+    number = np.cumsum(np.all(tables.patch_hw == 0, axis=1))
+    for expected, frame in enumerate(tables.frame_index, start=1):
+        assert set(number[frame[frame >= 0]]) == {expected}
+
+
+def test_the_example_of_packing_holds():
+    frames = np.array([[0, 1, 2], [3, 4, -1], [5, 6, -1]], np.int32)
+    np.testing.assert_array_equal(pack_frames(frames, 4), [[0, 1, 2, -1], [3, 4, 5, 6]])
+    np.testing.assert_array_equal(pack_frames(frames, 3), frames)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(GRIDS, max_size=3), st.integers(0, 600))
+def test_frames_are_packed_whole_in_order_and_in_the_fewest_rows(grids: list[Grid], more: int):
+    length, spans = spans_of(grids)
+    frames = index_tables(length, spans, merge_size=2, window_side=4).frame_index
+    slots = frames.shape[1] + more
+    packed = pack_frames(frames, slots)
+    assert packed.dtype == np.int32 and packed.shape[1] == slots
+    filled = (packed >= 0).sum(axis=1)
+    assert all((row[:count] >= 0).all() for row, count in zip(packed, filled, strict=True))
+    np.testing.assert_array_equal(packed[packed >= 0], frames[frames >= 0])
+    row_of = {int(patch): row for row, line in enumerate(packed) for patch in line}
+    first = [{row_of[int(patch)] for patch in frame[frame >= 0]} for frame in frames]
+    assert all(len(rows) == 1 for rows in first)
+    sizes = (frames >= 0).sum(axis=1).tolist()
+    assert len(packed) == fewest_rows(sizes, slots)
+    bound = frame_rows(len(sizes), sum(sizes), max(sizes, default=0), slots)
+    assert len(packed) <= bound <= len(sizes)
+    assert bound * slots <= 2 * sum(sizes) + slots
+    if len(set(sizes)) <= 1:
+        assert len(packed) == bound
+
+
+def fewest_rows(sizes: list[int], slots: int) -> int:
+    """By trying every place at which the last row could begin."""
+    best = [0]
+    for stop in range(1, len(sizes) + 1):
+        starts = [start for start in range(stop) if sum(sizes[start:stop]) <= slots]
+        best.append(1 + min(best[start] for start in starts))
+    return best[-1]
 
 
 def test_text_tokens_have_no_vision_index():

@@ -16,8 +16,8 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as original
 
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, random_params
-from models.qwen2_5_vl.positions import Grid
-from models.qwen2_5_vl.vision import VisionTower, invert, permute
+from models.qwen2_5_vl.positions import Grid, pack_frames
+from models.qwen2_5_vl.vision import VisionTower, _frame_segments, invert, permute
 from tests.oracle.hf_model import released_config
 from tests.oracle.prompts import random_prompt
 
@@ -146,6 +146,43 @@ def test_rematerialisation_changes_neither_features_nor_gradients(tower: VisionT
     for a, b in zip(*map(jax.tree.leaves, (again_gradient, kept_gradient)), strict=True):
         assert float(jnp.abs(b).max()) > 0, "every weight of the tower is used"
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_frames_that_share_a_row_are_as_frames_in_rows_of_their_own(tower: VisionTower) -> None:
+    """Features and gradients."""
+    rng = np.random.default_rng(0)
+    prompt = random_prompt(rng, [1, Grid(9, 4, 6), 2, Grid(1, 6, 8)])
+    graphdef, params = nnx.split(tower)
+    weight = rng.standard_normal((1, len(prompt.patches) // 4, CONFIG.text.width))
+
+    @jax.jit
+    def features_and_gradient(params: nnx.State, table: jax.Array) -> tuple[jax.Array, nnx.State]:
+        def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+            rest = (prompt.patches, prompt.patch_hw, prompt.window_index)
+            features = nnx.merge(graphdef, params)(*(jnp.asarray(x)[None] for x in rest), table)
+            return jnp.sum(features * weight), features
+
+        gradient, features = jax.grad(loss, has_aux=True)(params)
+        return features, gradient
+
+    apart, packed = np.full((2, 1, 10, 110), -1, np.int32)
+    apart[0, :, :48] = prompt.frame_index
+    packed[0, :3] = pack_frames(prompt.frame_index, 110)
+    assert [np.count_nonzero(row >= 0) for row in packed[0, :4]] == [96, 96, 24 + 48, 0]
+    expected, expected_gradient = features_and_gradient(params, apart)
+    features, gradient = features_and_gradient(params, packed)
+    np.testing.assert_allclose(features, expected, rtol=0, atol=1e-5 * float(expected.std()))
+    for a, b in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        assert float(jnp.linalg.norm(a - b)) <= 1e-5 * float(jnp.linalg.norm(b))
+
+
+def test_a_patch_attends_to_its_frame_as_in_the_docstring() -> None:
+    patch_hw = jnp.array([[[0, 0], [0, 1], [0, 0], [0, 0]]])  # the last is padding
+    table = jnp.array([[[0, 1, 2, -1]]])
+    _, inverse, mask = _frame_segments(table, patch_hw)
+    np.testing.assert_array_equal(inverse, [[0, 1, 2, -1]])
+    expected = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(mask[0, 0], np.array(expected, bool))
 
 
 def test_features_have_the_weights_type_and_the_text_models_width(tower: VisionTower) -> None:
