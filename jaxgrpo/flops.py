@@ -1,0 +1,233 @@
+"""The matrix-product FLOPs of the training programs, counted from shapes.
+
+What the programs execute on a bucket's padded shapes, over all devices together, two FLOPs per
+multiply-add. Attention (scores and values) is kept apart: back ends differ in what they compute of
+it. Lookups of embeddings, norms, softmaxes and the optimiser are no matrix products. For the FLOPs
+of the real tokens alone give the sizes of a prompt instead of its bucket's, and chunks of 1.
+
+Legend: P prompts, G completions per prompt, S prompt tokens, C completion tokens, T tokens;
+        text: L layers, D width, N query heads, K key/value heads, H head dimension, F MLP width,
+        V vocabulary; vision: M patches, W windows of Q patches, R frames of U patches, I values of
+        a patch, B blocks of which J attend to whole frames, Dv width, Fv MLP width, E = 4 Dv.
+
+Forward:
+  vision      2 M I Dv  +  B * 2 M (4 Dv^2 + 3 Dv Fv)  +  2 (M / 4) (E^2 + E D)       per prompt
+  - attention 4 Dv (J R U^2 + (B - J) W Q^2)                                          per prompt
+  text        L * 2 T (2 D N H + 2 D K H + 3 D F)                                     per T tokens
+  - prompt    L * 4 N H * sum over blocks of (queries * keys up to the block's end)   per prompt
+  - completions  L * 4 N H * G (C S + the same sum over C)                            per prompt
+  - decoding  L * 4 N H (S + C): the whole cache, masked                              per token
+  logits      2 D V                                                                   per position
+
+Backward: twice the forward, for the gradients of both factors; patches need none, so once there.
+
+Recomputed in the backward pass:
+  - the logits, always;
+  - with remat "layer" every block and layer, but for the last product of its MLP (2 T F D), whose
+    result nothing in the backward pass reads;
+  - with attention in more than one block of queries every block: its scores, and for completions
+    its values too, which the softmax's shared denominator needs. (The prompt's values, half its
+    attention, nothing reads.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+from jaxgrpo.hlo import Matmul
+from models.qwen2_5_vl.config import ModelConfig, TextConfig, VisionConfig
+from models.qwen2_5_vl.processor import Size
+
+
+def is_attention(matmul: Matmul) -> bool:
+    """Whether a matrix product of a compiled program is attention's scores or values.
+
+    All of `models/attention.py`'s products name the axes `tkrh`, and they alone have batch
+    dimensions, which is how they are known on CPUs, where XLA drops their names.
+    """
+    return "tkrh" in matmul.op_name or (matmul.batched and not matmul.op_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The shapes of a training step and what is recomputed in it."""
+
+    bucket: Size
+    prompts: int  # P
+    group: int  # G
+    length: int  # C
+    logit_chunk: int = 0  # completion positions; 0: all at once
+    attention_chunk: int = 0  # queries; 0: all at once
+    remat: Literal["none", "layer"] = "none"
+    freeze_vision: bool = False  # encoded once, by the rollout
+
+
+class Part(NamedTuple):
+    """FLOPs of a part of a program."""
+
+    name: str
+    matmul: int  # all but attention's scores and values
+    attention: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of one execution of a program, over all devices."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def matmul(self) -> int:
+        """All but attention's scores and values."""
+        return sum(part.matmul for part in self.parts)
+
+    @property
+    def attention(self) -> int:
+        return sum(part.attention for part in self.parts)
+
+    @property
+    def total(self) -> int:
+        return self.matmul + self.attention
+
+
+def rollout_flops(config: ModelConfig, step: Step) -> Flops:
+    """Vision tower, prefill, and decoding of C tokens (it may stop earlier)."""
+    p, g, c, s = step.prompts, step.group, step.length, step.bucket.tokens
+    text = config.text
+    prompt = text.layers * _attention(text) * _causal_pairs(s, step.attention_chunk)
+    decoding = text.layers * _attention(text) * (s + c)
+    return Flops(
+        (
+            *_vision(config.vision, step),
+            Part("prefill", _layers(text, p * s), p * prompt),
+            Part("decode", _layers(text, p * g * c), p * g * c * decoding),
+            Part("decode logits", 2 * p * g * c * text.width * text.vocab),
+        )
+    )
+
+
+def reference_flops(config: ModelConfig, step: Step) -> Flops:
+    """Log-probabilities under the reference policy: forward only."""
+    vision = () if step.freeze_vision else _vision(config.vision, step)
+    return Flops((*vision, *_packed(config.text, step), _logits(config.text, step)))
+
+
+def update_flops(config: ModelConfig, step: Step) -> Flops:
+    """Forward, backward and what is recomputed; a frozen tower's features are handed in."""
+    vision = () if step.freeze_vision else _vision(config.vision, step)
+    packed, logits = _packed(config.text, step), _logits(config.text, step)
+    forward = (*vision, *packed, logits)
+    again = [Part("logits", logits.matmul)]
+    if step.remat == "layer":
+        again += [_without_last(part, config, step) for part in (*vision, *packed)]
+    again += _blocks_again(config.text, step)
+    return Flops(
+        (
+            *_named("forward", forward),
+            *_named("backward", [_backward(part) for part in forward]),
+            *_named("recomputed", [part for part in again if part.matmul or part.attention]),
+        )
+    )
+
+
+def _named(when: str, parts: tuple[Part, ...] | list[Part]) -> list[Part]:
+    return [part._replace(name=f"{when}: {part.name}") for part in parts]
+
+
+# ---- forward ----
+
+
+def _vision(config: VisionConfig, step: Step) -> tuple[Part, ...]:
+    bucket, p, d = step.bucket, step.prompts, config.width
+    if bucket.patches == 0:
+        return ()
+    e = config.merge_area * d
+    blocks = config.depth * 2 * bucket.patches * (4 * d * d + 3 * d * config.mlp_width)
+    full = len(config.full_attention_blocks)
+    pairs = full * bucket.frames * bucket.frame_patches**2
+    pairs += (config.depth - full) * bucket.windows * config.window_patches**2
+    units = bucket.patches // config.merge_area
+    return (
+        Part("patches", p * 2 * bucket.patches * config.patch_dim * d),
+        Part("vision", p * blocks, p * 4 * d * pairs),
+        Part("merger", p * 2 * units * (e * e + e * config.out_width)),
+    )
+
+
+def _layers(config: TextConfig, tokens: int) -> int:
+    """All layers' products but attention's, for `tokens` tokens."""
+    heads = 2 * config.heads + 2 * config.kv_heads  # q and o; k and v
+    per_token = config.width * (heads * config.head_dim + 3 * config.mlp_width)
+    return config.layers * 2 * tokens * per_token
+
+
+def _attention(config: TextConfig) -> int:
+    """A layer's scores and values per pair of a query and a key."""
+    return 4 * config.heads * config.head_dim
+
+
+def _causal_pairs(length: int, chunk: int) -> int:
+    """Pairs of queries and keys: a block of `chunk` queries meets the keys up to its end."""
+    chunk = chunk if 0 < chunk < length else max(length, 1)
+    ends = [min(start + chunk, length) for start in range(0, length, chunk)]
+    return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+
+
+def _group_chunk(step: Step) -> int:
+    """Queries of one completion whose scores exist at once."""
+    return step.attention_chunk and max(step.attention_chunk // step.group, 1)
+
+
+def _packed_pairs(step: Step) -> tuple[int, int]:
+    """Pairs of queries and keys of one group: the prompt's, and the completions'."""
+    s, c = step.bucket.tokens, step.length
+    own = step.group * (c * s + _causal_pairs(c, _group_chunk(step)))
+    return _causal_pairs(s, step.attention_chunk), own
+
+
+def _packed(config: TextConfig, step: Step) -> tuple[Part, ...]:
+    """All layers over [prompt | completion 1 | ... | completion G]."""
+    tokens = step.bucket.tokens + step.group * step.length
+    attention = config.layers * _attention(config) * sum(_packed_pairs(step))
+    p = step.prompts
+    return (Part("layers", _layers(config, p * tokens), p * attention),)
+
+
+def _logits(config: TextConfig, step: Step) -> Part:
+    """Chunks are padded to a whole number."""
+    chunk = step.logit_chunk if 0 < step.logit_chunk < step.length else step.length
+    positions = step.prompts * step.group * -(-step.length // chunk) * chunk
+    return Part("logits", 2 * positions * config.width * config.vocab)
+
+
+# ---- backward ----
+
+
+def _backward(part: Part) -> Part:
+    times = 1 if part.name == "patches" else 2
+    return part._replace(matmul=times * part.matmul, attention=2 * part.attention)
+
+
+def _without_last(part: Part, config: ModelConfig, step: Step) -> Part:
+    """What is computed again of a part when its layers are: all but the MLPs' last product."""
+    p = step.prompts
+    if part.name == "vision":
+        vision = config.vision
+        last = vision.depth * 2 * step.bucket.patches * vision.mlp_width * vision.width
+    elif part.name == "layers":
+        text, tokens = config.text, step.bucket.tokens + step.group * step.length
+        last = text.layers * 2 * tokens * text.mlp_width * text.width
+    else:
+        return Part(part.name, 0)
+    return part._replace(matmul=part.matmul - p * last)
+
+
+def _blocks_again(config: TextConfig, step: Step) -> list[Part]:
+    """Attention's blocks of queries, computed again where there is more than one."""
+    prompt, own = _packed_pairs(step)
+    per_pair = step.prompts * config.layers * _attention(config)
+    in_blocks = 0 < step.attention_chunk < step.bucket.tokens
+    own_in_blocks = 0 < _group_chunk(step) < step.length
+    again = in_blocks * per_pair * prompt // 2 + own_in_blocks * per_pair * own
+    return [Part("attention's blocks", 0, again)]
