@@ -1,4 +1,4 @@
-"""The command line: `jaxgrpo {sft,train,eval,export}`.
+"""The command line: `jaxgrpo {sft,train,eval,export,plan}`.
 
 A command imports what it needs when it runs, so that `jaxgrpo --help` and a mistyped config key
 answer at once. A user's mistake (any `ValueError` subclass of our four packages, a missing file,
@@ -26,6 +26,7 @@ _AFTER_INTERRUPTION = {
     "train": _GOES_ON,
     "eval": "no scores were written",
     "export": "nothing was exported",
+    "plan": "nothing was planned",
 }
 _PACKAGES = ("jaxgrpo", "models", "rewards", "data")
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         check_packages()
-        _run(options)
+        return _run(options)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_AFTER_INTERRUPTION[options.command]}", file=sys.stderr)
         return 130
@@ -54,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,8 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         ("sft", "supervised fine-tuning: the cold start, or a baseline"),
         ("train", "GRPO, the main job: evaluates, trains, evaluates again"),
         ("eval", "greedy evaluation of a model directory or a run"),
+        ("plan", "what training will need on a TPU slice or GPUs; neither is needed for it"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
+        if name == "plan":
+            command.add_argument("--topology", required=True, help="such as v5e:8x8 or h100:8")
+            command.add_argument("--slices", type=int, default=1, help="TPU slices of that shape")
+            command.add_argument("--json", action="store_true", help="figures for programs")
         command.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/*.yaml")
         command.add_argument(
             "overrides",
@@ -87,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
+    """Runs the command; its exit code."""
     if options.command == "export":
         raw: dict[str, Any] = {}
         for assignment in options.overrides:
@@ -96,8 +102,16 @@ def _run(options: argparse.Namespace) -> None:
         from jaxgrpo import export
 
         export.main(options.source, options.out, chosen.dtype)
-        return
+        return 0
     settings = config.load(options.config, options.overrides)
+    if options.command == "plan":
+        from jaxgrpo import topology
+
+        # Before a device is touched: the simulated ones are made then.
+        topology.before_jax_starts(topology.find(options.topology, options.slices))
+        from jaxgrpo import plan
+
+        return plan.main(settings, options.topology, options.slices, options.json)
     if options.command == "sft":
         from jaxgrpo import sft
 
@@ -110,6 +124,7 @@ def _run(options: argparse.Namespace) -> None:
         from jaxgrpo import evaluate
 
         evaluate.main(settings)
+    return 0
 
 
 def check_packages() -> None:

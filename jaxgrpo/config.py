@@ -313,6 +313,9 @@ class Config:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection, metadata=_RESUMABLE)
     mesh: MeshSection = field(default_factory=MeshSection, metadata=_RESUMABLE)
     log: LogSection = field(default_factory=LogSection, metadata=_RESUMABLE)
+    compilation_cache: str = field(
+        default="", metadata=_RESUMABLE
+    )  # folder or bucket path that keeps compiled programs for the next start; empty: none
 
     def __post_init__(self) -> None:
         _check("run_dir", self.run_dir, bool(self.run_dir), "the folder of the run")

@@ -39,6 +39,7 @@ from jaxgrpo.programs import (
 from jaxgrpo.rollout import Rollout, Sampling
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
+    cache_compilations,
     check_divides,
     gather_objects,
     make_mesh,
@@ -57,6 +58,7 @@ THRESHOLDS = (0.3, 0.5, 0.7)  # of R1@IoU, as in temporal grounding
 def main(config: Config) -> None:
     """`jaxgrpo eval CONFIG`: scores `model.path`, a model directory or a run; prints a table."""
     start_processes()
+    cache_compilations(config.compilation_cache)
     mesh = make_mesh(config.mesh)
     processor = open_processor(config)
     sizes = {"eval.batch": config.eval.batch}

@@ -386,17 +386,22 @@ def _bucket_of(tokens: int, buckets: Sequence[int]) -> int:
 
 
 def _bucket_sizes(sizes: Sequence[Size], tokens: Sequence[int]) -> tuple[Size, ...]:
-    """What each bucket offers: its tokens, and of all else the most that a prompt in it needs.
-
-    The rows that a prompt's frames need are known once the largest frame of the bucket is.
-    """
+    """What each bucket offers: its tokens, and of all else the most that a prompt in it needs."""
     offers: list[Size] = []
     for bucket, width in enumerate(tokens):
         members = [size for size in sizes if _bucket_of(size.tokens, tokens) == bucket]
-        most = Size(*np.max(members, axis=0).tolist()) if members else Size(0, 0, 0, 0, 0)
-        rows = max((size.rows(most.frame_patches) for size in members), default=0)
-        offers.append(most._replace(tokens=width, frames=rows))
+        offers.append(bucket_offer(members, width))
     return tuple(offers)
+
+
+def bucket_offer(members: Sequence[Size], tokens: int) -> Size:
+    """What a bucket of `tokens` tokens must offer to prompts of these sizes.
+
+    The rows that a prompt's frames need are known once the largest frame of the bucket is.
+    """
+    most = Size(*np.max(members, axis=0).tolist()) if members else Size(0, 0, 0, 0, 0)
+    rows = max((size.rows(most.frame_patches) for size in members), default=0)
+    return most._replace(tokens=tokens, frames=rows)
 
 
 def _dataset(

@@ -53,6 +53,17 @@ def model_directory(path: str | Path) -> Path:
         ) from error
 
 
+def config_directory(path: str) -> Path:
+    """A directory with the config.json of `model.path`; weights are not fetched for it.
+
+    The releases' own lie in configs/models, so that a hub id of theirs needs no hub.
+    """
+    kept = Path(__file__).resolve().parent.parent / "configs" / "models" / path.split("/")[-1]
+    if not Path(path).exists() and (kept / "config.json").is_file():
+        return kept
+    return model_directory(path)
+
+
 def open_processor(config: Config) -> Processor:
     """The processor of `model.path`, with the pixel limits of `data`.
 
@@ -80,11 +91,18 @@ def vocabulary_of(processor: Processor) -> Vocabulary:
 
 def open_policy(section: ModelSection, processor: Processor, *, temperature: float) -> Policy:
     """The policy without its weights."""
-    graphdef, _ = abstract_model(processor.config)
+    return make_policy(section, processor.config, vocabulary_of(processor), temperature=temperature)
+
+
+def make_policy(
+    section: ModelSection, config: ModelConfig, vocabulary: Vocabulary, *, temperature: float
+) -> Policy:
+    """The policy of a model's sizes and vocabulary, without its weights."""
+    graphdef, _ = abstract_model(config)
     return Policy(
-        config=processor.config,
+        config=config,
         graphdef=graphdef,
-        vocabulary=vocabulary_of(processor),
+        vocabulary=vocabulary,
         temperature=temperature,
         compute_dtype=jnp.dtype(section.compute_dtype),
         remat=section.remat == "layer",

@@ -286,6 +286,7 @@ def lower_train(
     frozen: Params,
     sampler: Params,
     reference: Params | None,
+    platform: str | None = None,
 ) -> LoweredTrain:
     """Lowers the rollout, the reference pass and the update for one bucket.
 
@@ -293,7 +294,13 @@ def lower_train(
       state, frozen, sampler, reference: shapes (or arrays) with shardings: the training state, the
         frozen weights, the sampler's copy of all weights, the reference's of the trained ones (None
         without a KL term).
+      platform: to lower for another one than the mesh's devices: "cuda" on a machine without a GPU.
     """
+
+    def lower(program: Wrapped, *arguments: Any) -> Lowered:
+        platforms = None if platform is None else (platform,)
+        return program.trace(*arguments).lower(lowering_platforms=platforms)
+
     rollout_section = config.rollout
     p, g, c = rollout_section.prompts, rollout_section.group, rollout_section.max_new_tokens
     sampling = Sampling(
@@ -302,15 +309,13 @@ def lower_train(
     prompt = prompt_shapes(mesh, policy.config.vision, bucket, p)
     scalar = scalar_shape(mesh)
 
-    rollout = rollout_program(mesh, policy, sampling, config.model.freeze_vision).lower(
-        sampler, prompt, scalar, scalar
-    )
+    program = rollout_program(mesh, policy, sampling, config.model.freeze_vision)
+    rollout = lower(program, sampler, prompt, scalar, scalar)
     completions, features = rollout.out_info
     of_reference = None
     if reference is not None:
-        of_reference = reference_program(mesh, policy).lower(
-            reference, frozen, prompt, features, completions.tokens
-        )
+        program = reference_program(mesh, policy)
+        of_reference = lower(program, reference, frozen, prompt, features, completions.tokens)
     per_token = completions.sampler_logp
     batch = UpdateBatch(
         prompt=prompt,
@@ -323,8 +328,8 @@ def lower_train(
         ref_logp=None if reference is None else per_token,
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    update = update_program(mesh, policy, config, optimizer, shardings).lower(state, frozen, batch)
-    return LoweredTrain(rollout, of_reference, update)
+    program = update_program(mesh, policy, config, optimizer, shardings)
+    return LoweredTrain(rollout, of_reference, lower(program, state, frozen, batch))
 
 
 def compile_sft(

@@ -28,6 +28,7 @@ from jaxgrpo.policy import Params
 from jaxgrpo.programs import compile_sft, init_program, lower_publish
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
+    cache_compilations,
     check_divides,
     make_mesh,
     process_rows,
@@ -42,6 +43,7 @@ def main(config: Config) -> None:
     """Trains on the targets, evaluates, and leaves a run directory."""
     # ---- machine ----
     start_processes()
+    cache_compilations(config.compilation_cache)
     mesh = make_mesh(config.mesh)
     prompts, length = config.sft.batch, config.rollout.max_new_tokens
     if prompts % config.optim.accumulate:

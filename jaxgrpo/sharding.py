@@ -95,6 +95,16 @@ def jax_finds_processes(environment: Mapping[str, str]) -> bool:
     return False
 
 
+def cache_compilations(path: str) -> None:
+    """Keeps compiled programs under a folder or bucket path, if one is given, for the next start.
+
+    A restarted job then reads them instead of compiling again. jax names them by program, compiler
+    and devices, so that one folder serves all runs; process 0 writes.
+    """
+    if path:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(path))
+
+
 def say(text: str) -> None:
     """Prints on one process of the job."""
     if jax.process_index() == 0:

@@ -33,6 +33,7 @@ from jaxgrpo.programs import (
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
     RULES,
+    cache_compilations,
     check_divides,
     make_mesh,
     process_rows,
@@ -50,6 +51,7 @@ def main(config: Config) -> None:
     """Evaluates, trains and evaluates again; leaves a run directory to resume, read and export."""
     # ---- machine: processes, mesh ----
     start_processes()
+    cache_compilations(config.compilation_cache)
     mesh = make_mesh(config.mesh)
     prompts = config.rollout.prompts
     if note := off_policy_note(config.rollout):

@@ -23,7 +23,7 @@ import PIL.Image
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from models.qwen2_5_vl.config import ModelConfig
+from models.qwen2_5_vl.config import ModelConfig, VisionConfig
 from models.qwen2_5_vl.positions import (
     FrameLayout,
     Grid,
@@ -182,20 +182,7 @@ class Processor:
         Raises:
           ProcessorError: no frames, no pixels, or an aspect ratio above 200.
         """
-        vision = self.config.vision
-        if frames is None:
-            grids, maximum = 1, float(self.limits.max_pixels)
-        else:
-            if frames < 1:
-                raise ProcessorError(f"a video has {frames} frames, expected at least 1")
-            grids = -(-frames // vision.temporal_patch_size)
-            maximum = self.limits.frame_maximum(
-                grids * vision.temporal_patch_size, vision.temporal_patch_size
-            )
-        height, width = smart_resize(
-            *media_hw, vision.patch_size * vision.merge_size, self.limits.min_pixels, maximum
-        )
-        return Grid(grids, height // vision.patch_size, width // vision.patch_size)
+        return media_grid(media_hw, frames, self.limits, self.config.vision)
 
     def size(self, messages: Sequence[dict[str, Any]], grids: Sequence[Grid]) -> Size:
         """What a prompt will need, before anything is decoded.
@@ -210,14 +197,7 @@ class Processor:
                 f"the messages hold {placeholders} images and videos, but {len(grids)} grids were "
                 "given: give one grid for each, in order"
             )
-        units = sum(grid.patches // self.config.vision.merge_area for grid in grids)
-        return Size(
-            tokens=len(ids) - placeholders + units,
-            patches=sum(grid.patches for grid in grids),
-            windows=sum(grid.t * len(self._layout(grid).window_index) for grid in grids),
-            frames=sum(grid.t for grid in grids),
-            frame_patches=max((grid.frame_patches for grid in grids), default=0),
-        )
+        return media_size(grids, len(ids) - placeholders, self.config.vision)
 
     def __call__(
         self, messages: Sequence[dict[str, Any]], media: Sequence[Video | Image]
@@ -356,6 +336,40 @@ class Processor:
             vision.window_side,
             out,
         )
+
+
+def media_grid(
+    media_hw: tuple[int, int], frames: int | None, limits: PixelLimits, vision: VisionConfig
+) -> Grid:
+    """See `Processor.grid`."""
+    if frames is None:
+        grids, maximum = 1, float(limits.max_pixels)
+    else:
+        if frames < 1:
+            raise ProcessorError(f"a video has {frames} frames, expected at least 1")
+        grids = -(-frames // vision.temporal_patch_size)
+        maximum = limits.frame_maximum(
+            grids * vision.temporal_patch_size, vision.temporal_patch_size
+        )
+    height, width = smart_resize(
+        *media_hw, vision.patch_size * vision.merge_size, limits.min_pixels, maximum
+    )
+    return Grid(grids, height // vision.patch_size, width // vision.patch_size)
+
+
+def media_size(grids: Sequence[Grid], text_tokens: int, vision: VisionConfig) -> Size:
+    """What a prompt of some images and videos and of `text_tokens` other tokens needs."""
+    layouts = [frame_layout(g.h, g.w, vision.merge_size, vision.window_side) for g in grids]
+    windows = [
+        grid.t * len(layout.window_index) for grid, layout in zip(grids, layouts, strict=True)
+    ]
+    return Size(
+        tokens=text_tokens + sum(grid.patches // vision.merge_area for grid in grids),
+        patches=sum(grid.patches for grid in grids),
+        windows=sum(windows),
+        frames=sum(grid.t for grid in grids),
+        frame_patches=max((grid.frame_patches for grid in grids), default=0),
+    )
 
 
 def smart_resize(
