@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
-# Prepares one TPU VM: a virtual environment beside the clone with jaxgrpo and the libtpu that
-# matches its jax. Safe to run again. Run it on every worker, for example with
-#   gcloud compute tpus tpu-vm ssh "$TPU" --worker=all --command='jaxgrpo/tpu_scripts/setup.sh'
+# Prepares one TPU VM: a virtual environment in the clone with jaxgrpo and the libtpu that matches
+# its jax. Safe to run again. setup_workers.sh runs it on every worker of a pod.
+#
 # Usage: setup.sh [--dry-run]
+# shellcheck source=lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 set -euo pipefail
 
-cd "$(dirname "$0")/.."
-run() { echo "+ $*"; [[ -n "${dry_run:-}" ]] || "$@"; }
-case "${1:-}" in
-  --dry-run) dry_run=1 ;;
-  "") ;;
-  *) echo "setup.sh: unknown argument $1; usage: setup.sh [--dry-run]" >&2; exit 2 ;;
-esac
+read_options "$@"
+((${#arguments[@]} == 0)) || unknown_argument "${arguments[0]}"
+cd "$here/.."
 
 python=""
 for candidate in python3.13 python3.12 python3.11 python3; do
@@ -20,11 +18,20 @@ for candidate in python3.13 python3.12 python3.11 python3; do
     break
   fi
 done
-if [[ -z "$python" ]]; then
-  echo "setup.sh: Python 3.11 or newer is needed; install it, for example apt-get install python3.11-venv" >&2
-  exit 1
+if [[ -x .venv/bin/pip ]]; then
+  note "there is an environment already"
+elif [[ -n $python ]] && "$python" -c 'import ensurepip' 2>/dev/null; then
+  run "$python" -m venv .venv
+else # TPU VMs with Ubuntu 22.04 have Python 3.10; uv brings a newer one without root
+  run env PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
+  run python3 -m uv venv --quiet --seed --python 3.12 .venv
 fi
-[[ -d .venv ]] || run "$python" -m venv .venv
 run .venv/bin/pip install --quiet --upgrade pip
 run .venv/bin/pip install --quiet -e '.[tpu]'
-run .venv/bin/python -c 'import jax; print(jax.device_count(), jax.devices()[0].device_kind)'
+# jax starts and stops faster on TPU v5e and newer with them.
+hugepages=/sys/kernel/mm/transparent_hugepage/enabled
+if [[ -e /dev/vfio || -e /dev/accel0 ]]; then
+  run sudo sh -c "echo always > $hugepages"
+fi
+# Not jax.devices(): it would wait for the other hosts of the slice.
+run .venv/bin/python -c 'import jax, jaxgrpo; print("jaxgrpo", jaxgrpo.__version__, "on jax", jax.__version__)'
