@@ -27,7 +27,7 @@ else # TPU VMs with Ubuntu 22.04 have Python 3.10; uv brings a newer one without
   run python3 -m uv venv --quiet --seed --python 3.12 .venv
 fi
 run .venv/bin/pip install --quiet --upgrade pip
-run .venv/bin/pip install --quiet -e '.[tpu]'
+run .venv/bin/pip install --quiet -e '.[tpu,gcs]'
 # jax starts and stops faster on TPU v5e and newer with them.
 hugepages=/sys/kernel/mm/transparent_hugepage/enabled
 if [[ -e /dev/vfio || -e /dev/accel0 ]]; then

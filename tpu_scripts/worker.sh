@@ -71,16 +71,17 @@ start() {
   while [[ ! -s $directory/pid ]]; do sleep 0.05; done
 }
 
+# A progress bar rewrites its line: here each state of it becomes a line.
+as_lines() { stdbuf --output=L tr --squeeze-repeats '\r' '\n'; }
+
 # The log from a line on until the job ends, then how it ended.
 follow() {
-  local directory=$1 line=$2 ending
+  local directory=$1 line=$2 ending until=()
   if is_alive "$directory"; then
-    tail --lines="+$line" --follow --sleep-interval=0.2 --pid="$(<"$directory/keeper")" \
-      "$directory/log"
-  else
-    tail --lines="+$line" "$directory/log"
+    until=(--follow --sleep-interval=0.2 --pid="$(<"$directory/keeper")")
   fi
-  [[ -z $(tail --bytes=1 "$directory/log") ]] || echo
+  tail --lines=+1 "${until[@]}" "$directory/log" | as_lines | tail --lines="+$line"
+  [[ -z $(tail --bytes=1 "$directory/log" | tr --delete '\r') ]] || echo
   # Without an exit code the machine went down with the job.
   ending=$(cat "$directory/exit" 2>/dev/null || echo 137)
   [[ ! -e $directory/stopped ]] || ending+=" stopped"
@@ -101,7 +102,7 @@ case ${1:-} in
   tail)
     attempt=$(newest)
     [[ -n $attempt ]] || { echo "worker.sh: no job has run here" >&2 && exit 1; }
-    exec tail --lines="$2" --follow "$jobs/$attempt/log"
+    tail --lines="$2" --follow "$jobs/$attempt/log" | as_lines
     ;;
   end | stop)
     attempt=$(newest)

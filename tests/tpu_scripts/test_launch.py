@@ -112,6 +112,14 @@ def test_it_gives_up_after_so_many_crashes_in_a_row(cloud: Cloud) -> None:
     assert len(cloud.starts(0, 0)) == 4
 
 
+def test_an_attempt_that_lasts_starts_a_new_count_of_crashes(cloud: Cloud) -> None:
+    cloud.make_workers(slices=1, hosts=1)
+    cloud.variables |= {"RESTARTS": "1", "STEADY_SECONDS": "0"}
+    cloud.plan(0, 0, "exit 1", "exit 1", "true")
+    assert cloud.run("launch.sh", *JOB).returncode == 0
+    assert len(cloud.starts(0, 0)) == 3
+
+
 def test_a_worker_where_jaxgrpo_is_missing_is_not_tried_again(cloud: Cloud) -> None:
     cloud.make_workers(slices=1, hosts=2)
     cloud.plan(0, 0, STEPS)

@@ -23,6 +23,28 @@ def test_shellcheck_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("page", ["tpu.md", "gpu.md"])
+def test_every_script_command_of_the_docs_passes_a_dry_run(cloud: Cloud, page: str) -> None:
+    cloud.use_own_clone()
+    cloud.variables |= {"CLUSTER": "c", "WORKLOAD": "w", "IMAGE": "i", "BUCKET": "b", "DATA": ""}
+    text = (SCRIPTS.parent / "docs" / page).read_text().replace("\\\n", " ")
+    blocks = [block.partition("```")[0] for block in text.split("```bash\n")[1:]]
+    commands = [
+        command.partition("#")[0].split()
+        for line in "".join(blocks).splitlines()
+        for command in line.split("&&")
+        if "tpu_scripts/" in command and "docker" not in command
+    ]
+    assert len(commands) >= 2
+    for words in commands:
+        start = next(i for i, word in enumerate(words) if word.startswith("tpu_scripts/"))
+        name = words[start].removeprefix("tpu_scripts/")
+        arguments = [word for word in words[start + 1 :] if word != "--dry-run"]
+        done = cloud.run(name, "--dry-run", *arguments)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        assert done.stdout
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_only_what_is_run_is_executable(name: str) -> None:
     assert os.access(SCRIPTS / name, os.X_OK) == (name not in ("lib.sh", "slurm.sbatch"))

@@ -34,7 +34,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud: Cloud) -> None:
     assert lines[:-1] == [
         "python3.13 -m venv .venv",
         ".venv/bin/pip install --quiet --upgrade pip",
-        ".venv/bin/pip install --quiet -e '.[tpu]'",
+        ".venv/bin/pip install --quiet -e '.[tpu,gcs]'",
     ]
     assert lines[-1].startswith(".venv/bin/python -c ")
     assert not (clone / ".venv").exists()
@@ -52,6 +52,7 @@ def test_where_python_is_too_old_uv_brings_one(cloud: Cloud) -> None:
 
 def test_an_environment_that_exists_is_kept(cloud: Cloud) -> None:
     clone = use_empty_clone(cloud)
+    fake_pythons(cloud, "3.12")
     (clone / ".venv" / "bin").mkdir(parents=True)
     for name in ("pip", "python"):
         (clone / ".venv" / "bin" / name).write_text('#!/bin/sh\necho "$0 $*" >>"$CLOUD/ran"\n')
@@ -63,7 +64,7 @@ def test_an_environment_that_exists_is_kept(cloud: Cloud) -> None:
     ran = (cloud.root / "ran").read_text().splitlines()
     assert ran[:2] == [
         ".venv/bin/pip install --quiet --upgrade pip",
-        ".venv/bin/pip install --quiet -e .[tpu]",
+        ".venv/bin/pip install --quiet -e .[tpu,gcs]",
     ]
 
 
