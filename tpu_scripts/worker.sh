@@ -80,7 +80,8 @@ follow() {
   if is_alive "$directory"; then
     until=(--follow --sleep-interval=0.2 --pid="$(<"$directory/keeper")")
   fi
-  tail --lines=+1 "${until[@]}" "$directory/log" | as_lines | tail --lines="+$line"
+  tail --lines=+1 "${until[@]}" "$directory/log" | as_lines |
+    stdbuf --output=L tail --lines="+$line"
   [[ -z $(tail --bytes=1 "$directory/log" | tr --delete '\r') ]] || echo
   # Without an exit code the machine went down with the job.
   ending=$(cat "$directory/exit" 2>/dev/null || echo 137)

@@ -52,6 +52,17 @@ def test_every_state_of_a_progress_bar_is_a_line(worker: Cloud) -> None:
     assert run(worker, "a", line=4) == expected[2:]
 
 
+def test_lines_come_as_they_are_written(worker: Cloud) -> None:
+    plan(worker, "echo now; for i in {1..100}; do [[ ! -e ~/go ]] || break; sleep 0.05; done")
+    job = worker.start("worker.sh", "run", "a", "2", "jaxgrpo", "train", "a.yaml")
+    assert job.stdout is not None
+    assert job.stdout.readline() == "now\n"
+    assert worker.run("worker.sh", "current").stdout == "a jaxgrpo train a.yaml\n"
+    (worker.root / "go").touch()
+    assert job.stdout.read() == "jaxgrpo-exit 0\n"
+    job.wait(timeout=20)
+
+
 def test_a_new_attempt_ends_the_one_before(worker: Cloud) -> None:
     plan(worker, STEPS, "echo new")
     before = worker.start("worker.sh", "run", "a", "1", "jaxgrpo", "train", "a.yaml")
