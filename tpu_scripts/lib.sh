@@ -101,7 +101,7 @@ slice_name() {
 queued_state() {
   local answer
   if answer=$("${describe_queued[@]}" 2>&1); then
-    tail -n 1 <<<"$answer"
+    grep -xE '[A-Z_]+' <<<"$answer" | tail -n 1 # gcloud's warnings left out
   elif [[ $answer != *NOT_FOUND* && $answer != *"not found"* ]]; then
     die 1 "cannot look up the queued resource $TPU: $answer"
   fi

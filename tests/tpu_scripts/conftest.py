@@ -29,6 +29,7 @@ case "$3 $4" in
   "queued-resources describe")
     if [[ ! -s $CLOUD/states ]]; then echo "ERROR: NOT_FOUND: no $5" >&2; exit 1; fi
     head -n 1 "$CLOUD/states"
+    echo "WARNING: an update is available" >&2
     if (($(wc -l <"$CLOUD/states") > 1)); then sed -i 1d "$CLOUD/states"; fi ;;
   "queued-resources create") cp "$CLOUD/states_after_create" "$CLOUD/states" ;;
   "queued-resources delete") : >"$CLOUD/states" ;;
