@@ -4,7 +4,7 @@ What a batch holds depends on the plan, the step and the files alone: not on thr
 step a run was resumed at, or how many hosts share the step. So the pipeline's whole state is one
 integer, the next step.
 
-    with batches(plan, load, collate, start_step=12, num_steps=100, rows=slice(0, 4)) as steps:
+    with batches(plan, load, collate, start_step=12, num_steps=100, rows=[0, 1]) as steps:
         for batch in steps:
             ...
 
@@ -82,7 +82,7 @@ def batches(
     *,
     start_step: int,
     num_steps: int,
-    rows: slice = slice(None),
+    rows: Sequence[int] | None = None,
     threads: int = 2,
     workers: int = 0,
     prefetch: int = 2,
@@ -103,7 +103,7 @@ def batches(
         process.
       start_step: the first step; the next one of an interrupted run.
       num_steps: how many.
-      rows: the slots of each step, of all P, that this host takes.
+      rows: the slots of each step that this host takes, in this order; None takes all P.
       threads: examples loaded at once in each process; 0 loads them one after the other.
       workers: processes that load; 0 loads in this one. OpenCV and NumPy release the GIL while they
         work, so threads do as well for most purposes, start at once and copy nothing.
@@ -111,16 +111,16 @@ def batches(
       ids: per item what error messages call it, usually the record's id.
 
     Raises:
-      ValueError: a number below what it may be, rows that select no slot, workers with prefetch 0.
+      ValueError: a number below what it may be, rows that are no slots, workers with prefetch 0.
       NoUsableVideoError, LoadError: while iterating.
     """
     numbers = {"start_step": start_step, "num_steps": num_steps, "threads": threads}
     for name, value in (numbers | {"workers": workers, "prefetch": prefetch}).items():
         if value < 0:
             raise ValueError(f"{name}: expected at least 0, found {value}")
-    slots = range(plan.prompts)[rows]
-    if not slots:
-        raise ValueError(f"rows: expected some of the {plan.prompts} slots, found none in {rows}")
+    slots = range(plan.prompts) if rows is None else tuple(rows)
+    if not slots or not set(slots) <= set(range(plan.prompts)):
+        raise ValueError(f"rows: expected some of the {plan.prompts} slots, found {list(slots)}")
     if workers and not prefetch:
         raise ValueError("workers load ahead: expected prefetch of at least 1 with them, found 0")
     source = _Slots(start_step, num_steps, slots)
@@ -261,7 +261,7 @@ class _Ahead:
 class _Slots:
     """Grain's source: element i is this host's (step, slot) number i."""
 
-    def __init__(self, start_step: int, num_steps: int, slots: range) -> None:
+    def __init__(self, start_step: int, num_steps: int, slots: Sequence[int]) -> None:
         self._start_step = start_step
         self._num_steps = num_steps
         self._slots = slots

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import random
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -338,8 +339,8 @@ def _claim(root: Path, spec: SyntheticSpec) -> None:
 
 
 def _write_clip(path: Path, drawn: Scene) -> None:
-    # Two processes may fill one folder at once.
-    partial = path.with_name(f"partial_{os.getpid()}_{path.name}")
+    # Two processes may fill one folder at once, on different hosts too.
+    partial = path.with_name(f"partial_{os.getpid()}_{secrets.token_hex(4)}_{path.name}")
     fourcc = cv2.VideoWriter.fourcc(*"mp4v")
     writer = cv2.VideoWriter(str(partial), fourcc, FRAMES_PER_SECOND, (SIDE, SIDE))
     if not writer.isOpened():

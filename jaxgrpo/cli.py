@@ -48,13 +48,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_AFTER_INTERRUPTION[options.command]}", file=sys.stderr)
-        return 130
+        return _failed(130)
     except Exception as error:
-        message = user_mistake(error)
+        message, code = user_mistake(error), 2
+        if message is None:
+            message, code = _lost_process(error), 1
         if message is None or os.environ.get("JAXGRPO_TRACEBACK") == "1":
+            _failed(code)
             raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        return _failed(code)
+
+
+def _lost_process(error: Exception) -> str | None:
+    if "jax" not in sys.modules:  # a mistake that was found before, like one in the config
+        return None
+    from jaxgrpo.processes import lost_process
+
+    return lost_process(error)
+
+
+def _failed(code: int) -> int:
+    """The exit code of a command that failed; of several processes none waits for long."""
+    if "jax" in sys.modules:
+        from jaxgrpo.processes import end_soon
+
+        end_soon(code)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -290,6 +290,7 @@ class LogSection:
     every: int = 1  # steps between lines of metrics.jsonl
     samples: int = 4  # completions kept per logged step
     tensorboard: bool = True
+    wandb: str = ""  # project at Weights & Biases to log to as well; empty: none
 
     def __post_init__(self) -> None:
         _at_least("log", self, every=1, samples=0)

@@ -20,15 +20,17 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from data.pipeline import batches
 from data.records import Record, merge_spans, write_atomically
 from data.sampling import OnePass
 from jaxgrpo.config import Config
+from jaxgrpo.feed import Feed
 from jaxgrpo.inputs import Dataset, Inputs, PromptCollator, PromptLoader, describe, prepare
 from jaxgrpo.load import open_params, open_policy, open_processor
 from jaxgrpo.policy import Params, Policy
+from jaxgrpo.processes import start_processes
 from jaxgrpo.programs import (
     answer_shapes,
+    cache_compilations,
     lower_publish,
     prompt_shapes,
     rollout_program,
@@ -39,15 +41,12 @@ from jaxgrpo.programs import (
 from jaxgrpo.rollout import Rollout, Sampling
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
-    cache_compilations,
     check_divides,
     gather_objects,
     make_mesh,
-    process_rows,
     put_prompts,
     put_scalar,
     say,
-    start_processes,
 )
 from rewards.dual import truth_arrays
 from rewards.parse import parse_batch
@@ -57,7 +56,7 @@ THRESHOLDS = (0.3, 0.5, 0.7)  # of R1@IoU, as in temporal grounding
 
 def main(config: Config) -> None:
     """`jaxgrpo eval CONFIG`: scores `model.path`, a model directory or a run; prints a table."""
-    start_processes()
+    start_processes(config)
     cache_compilations(config.compilation_cache)
     mesh = make_mesh(config.mesh)
     processor = open_processor(config)
@@ -186,20 +185,16 @@ def predict(
     Returns:
       the predictions, and id -> reason of the items whose video failed, which have none.
     """
-    prompts = config.eval.batch
-    plan = OnePass(dataset.buckets, prompts, dataset.spares)
-    rows = process_rows(mesh, prompts)
-    loader = batches(
+    plan = OnePass(dataset.buckets, config.eval.batch, dataset.spares)
+    loader = Feed(
+        mesh,
         plan,
         PromptLoader(inputs.processor, dataset.records, config.data),
         PromptCollator(dataset.offers, inputs.processor.pad_id),
+        dataset.records,
+        config.data,
         start_step=0,
         num_steps=plan.steps,
-        rows=rows,
-        threads=config.data.threads,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        ids=[record.id for record in dataset.records],
     )
     found: dict[int, Prediction] = {}
     failures: dict[str, str] = {}
@@ -216,16 +211,16 @@ def predict(
             planned = plan.step(batch.step).items
             records = [dataset.records[item] for item in planned]
             texts = [[inputs.processor.decode(row[0])] for row in tokens]
+            mine = [records[row] for row in loader.rows]
             answers = parse_batch(
-                texts, [record.task for record in records], thinking=config.data.thinking
+                [texts[row] for row in loader.rows],
+                [record.task for record in mine],
+                thinking=config.data.thinking,
             )
-            truth = truth_arrays(records, dataset.max_spans)
-            scores = jax.device_get(
-                programs.score(
-                    *put_prompts(mesh, jax.tree.map(lambda x: x[rows], (answers, truth)))
-                )
-            )
-            replaced |= {a for a, b in zip(planned[rows], batch.items, strict=True) if a != b}
+            truth = truth_arrays(mine, dataset.max_spans)
+            scores = jax.device_get(programs.score(*put_prompts(mesh, (answers, truth))))
+            slots = [planned[row] for row in loader.rows]
+            replaced |= {a for a, b in zip(slots, batch.items, strict=True) if a != b}
             for row, item in enumerate(planned):
                 found[item] = Prediction(
                     records[row],

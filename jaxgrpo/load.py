@@ -14,6 +14,7 @@ from jaxgrpo.checkpoint import latest_step, read_part
 from jaxgrpo.config import Config, ConfigError, MeshSection, ModelSection
 from jaxgrpo.inputs import pixel_limits
 from jaxgrpo.policy import Params, Policy, Vocabulary
+from jaxgrpo.processes import check_same
 from jaxgrpo.run_dir import is_run, read_config
 from jaxgrpo.sharding import make_mesh, param_shardings
 from jaxgrpo.update import split_frozen
@@ -125,11 +126,12 @@ def open_params(section: ModelSection, config: ModelConfig, mesh: Mesh, seed: in
 
     Raises:
       WeightError, FileNotFoundError: see `models.qwen2_5_vl.weights.load`.
-      ConfigError: a run without a checkpoint.
+      ConfigError: a run without a checkpoint, or with another newest one on another host.
     """
     shardings = param_shardings(config, mesh)
     if section.init == "random":
         return random_params(config, seed, shardings)
+    check_same(f"the newest checkpoints of {section.path} are of steps", weight_steps(section.path))
     return load_params(section.path, config, shardings)
 
 

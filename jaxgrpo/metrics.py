@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, completions.jsonl, TensorBoard, a progress bar, curves.
+"""What a run writes: metrics.jsonl, completions.jsonl, TensorBoard, W&B, a progress bar, curves.
 
 Both files hold one JSON object a line, appended and flushed at once, so that a killed process
 leaves at most one torn line, the last. A line belongs to a `step`: the number of updates done when
@@ -15,6 +15,7 @@ import collections
 import json
 import math
 import os
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,11 @@ import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
+WANDB_ID = "wandb_id.txt"
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -41,7 +42,13 @@ class MetricsLog:
     """Appends to the files of a run directory. Only process 0 writes; others do nothing."""
 
     def __init__(
-        self, run_dir: str | Path, resume_step: int | None = None, *, tensorboard: bool = True
+        self,
+        run_dir: str | Path,
+        resume_step: int | None = None,
+        *,
+        tensorboard: bool = True,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
     ):
         """Makes the files ready to be appended to.
 
@@ -50,21 +57,29 @@ class MetricsLog:
           resume_step: the step of the checkpoint that the run goes on from; None is a new run,
             which starts with empty files.
           tensorboard: whether to mirror the numbers to `run_dir/tensorboard`.
+          wandb: the Weights & Biases project to mirror them to; empty for none.
+          config: what Weights & Biases shows as the run's configuration.
 
         Raises:
-          MetricsError: an existing file is damaged before its last line.
+          MetricsError: an existing file is damaged before its last line, or Weights & Biases is not
+            installed or refuses.
         """
         self._run_dir = Path(run_dir)
         self._writes = jax.process_index() == 0
         self._board = None
+        self._wandb: WandbRun | None = None
         if not self._writes:
             return
         self._run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, COMPLETIONS):
             _cut(self._run_dir / name, resume_step)
         if tensorboard:
+            from tensorboardX import SummaryWriter  # not above: it imports torch where there is one
+
             purge = 0 if resume_step is None else resume_step + 1  # hides what is written again
             self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=purge)
+        if wandb:
+            self._wandb = WandbRun(self._run_dir, wandb, config or {})
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl.
@@ -80,6 +95,8 @@ class MetricsLog:
             for name, number in numbers.items():
                 if number is not None:
                     self._board.add_scalar(f"{split}/{name}", number, step)
+        if self._wandb is not None:
+            self._wandb.write(step, split, numbers)
 
     def write_completions(
         self, step: int, split: str, completions: Sequence[Mapping[str, Any]]
@@ -92,17 +109,20 @@ class MetricsLog:
             }
             self._append(COMPLETIONS, {"step": step, "split": split, **values})
 
-    def close(self) -> None:
-        """Flushes TensorBoard's file; the others are whole after every line."""
+    def close(self, failed: bool = False) -> None:
+        """Ends the mirrors, W&B's as a failed or a finished run; the files are always whole."""
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._wandb is not None:
+            self._wandb.close(failed)
+            self._wandb = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self.close(failed=error[0] is not None)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if self._writes:
@@ -110,6 +130,57 @@ class MetricsLog:
             with open(self._run_dir / name, "ab") as file:
                 # A lone surrogate, which UTF-8 has not, becomes its JSON escape.
                 file.write(text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+class WandbRun:
+    """The numbers of a run at Weights & Biases, where a resumed run goes on under its own id.
+
+    W&B numbers its lines by a `step` that must rise. The line of (step, split) gets 2 * step, and
+    one more for "eval": so the two of a step are apart, and what a resumed run writes again is
+    known to be there and left out. Charts are drawn over the run's own steps.
+    """
+
+    def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any]):
+        """Starts or goes on with the run whose id is in `run_dir`.
+
+        Raises:
+          MetricsError: wandb is not installed, or cannot start (no account, no network).
+        """
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise MetricsError(
+                f"log.wandb is {project!r}, but wandb is not installed: pip install -e '.[wandb]', "
+                "or set log.wandb= to do without"
+            ) from error
+        file = run_dir / WANDB_ID
+        if not file.exists():
+            file.write_text(f"{secrets.token_hex(4)}\n", encoding="utf-8")
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=file.read_text(encoding="utf-8").strip(),
+                name=run_dir.name,
+                resume="allow",
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise MetricsError(
+                f"log.wandb is {project!r}, but Weights & Biases cannot start: {error}\nRun `wandb "
+                "login`, set WANDB_MODE=offline, or set log.wandb= to do without"
+            ) from error
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, split: str, numbers: Mapping[str, float | int | None]) -> None:
+        """One line, unless it is there already."""
+        number = 2 * step + (split == "eval")
+        if number >= self._run.step:
+            named = {f"{split}/{name}": x for name, x in numbers.items() if x is not None}
+            self._run.log({"step": step, **named}, step=number, commit=True)
+
+    def close(self, failed: bool) -> None:
+        """Sends what is left."""
+        self._run.finish(exit_code=int(failed))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ Legend: P prompts, G completions per prompt, C completion tokens, M ground-truth
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -59,6 +60,16 @@ class Scores(NamedTuple):
     components: dict[str, Array]  # f32[P, G] each, NaN where the task has no such component
     advantages: Array  # f32[P, G]
     zero_variance: Array  # bool[P]
+
+
+def cache_compilations(path: str) -> None:
+    """Keeps compiled programs under a folder or bucket path, if one is given, for the next start.
+
+    A restarted job then reads them instead of compiling again. jax names them by program, compiler
+    and devices, so that one folder serves all runs; process 0 writes.
+    """
+    if path:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(path))
 
 
 # ---- what each program computes ----

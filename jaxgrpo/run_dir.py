@@ -4,12 +4,15 @@ checkpoints/STEP   weights, optimiser, data state, config
 metrics.jsonl      a line per training step and per evaluation
 completions.jsonl  sampled completions with their rewards
 tensorboard/       the same numbers for TensorBoard
+wandb_id.txt       the run's id at Weights & Biases, with log.wandb
 config.yaml        the whole config, defaults included
 curves.png         written at the end
 """
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -28,11 +31,14 @@ from jaxgrpo.checkpoint import (
 )
 from jaxgrpo.config import Config
 from jaxgrpo.metrics import METRICS, MetricsLog, plot_curves, read_metrics
+from jaxgrpo.processes import check_same
 from jaxgrpo.sharding import gather_objects
 from jaxgrpo.update import TrainState
 
 CONFIG = "config.yaml"
 CURVES = "curves.png"
+
+_SEEN_WITHIN = 60.0  # seconds; a network disk may remember for a while that there was no file
 
 
 class RunDir:
@@ -52,9 +58,11 @@ class RunDir:
             checkpoint, or one that has gone further than this config asks.
         """
         self.path = Path(config.run_dir)
+        _check_shared(self.path)
         _check_begun(self.path, config, command)
         self._checkpoints = Checkpoints(config, command)
         self.first_step = self._checkpoints.latest or 0
+        check_same(f"the newest checkpoint in {self.path} is of step", self.first_step)
         steps = config.train.steps if command == "train" else config.sft.steps
         if self.first_step > steps:
             self._checkpoints.close()
@@ -67,7 +75,11 @@ class RunDir:
         self.failures: dict[str, str] = saved.get("failures", {})
         self._plan: dict[str, Any] | None = saved.get("plan")
         self._log = MetricsLog(
-            self.path, self._checkpoints.latest, tensorboard=config.log.tensorboard
+            self.path,
+            self._checkpoints.latest,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            config=configs.to_dict(config),
         )
         if jax.process_index() == 0:
             text = f"# jaxgrpo {command}\n{configs.to_yaml(config)}"
@@ -158,14 +170,39 @@ class RunDir:
 
     def close(self) -> None:
         """Waits for the checkpoint being written and closes the files."""
-        self._checkpoints.close()
-        self._log.close()
+        self._close(failed=False)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._close(failed=error[0] is not None)
+
+    def _close(self, failed: bool) -> None:
+        self._checkpoints.close()
+        self._log.close(failed)
+
+
+def _check_shared(path: Path) -> None:
+    """Refuses a folder that is not one and the same for all processes. A collective."""
+    if jax.process_count() == 1:
+        return
+    mark = path / gather_objects(f".seen_by_all_{secrets.token_hex(8)}")[0]
+    if jax.process_index() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        mark.write_text("Written to see that all hosts share this folder; may be deleted.\n")
+    gather_objects("written")
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    found = gather_objects(seen)
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not all(found):
+        raise configs.ConfigError(
+            f"process {found.index(False)} does not find in {path} what process 0 has written "
+            "there: run_dir must be one folder that all hosts share"
+        )
 
 
 def _check_begun(path: Path, config: Config, command: Command) -> None:

@@ -10,10 +10,10 @@ import time
 
 import jax
 
-from data.pipeline import batches
 from data.sampling import StepPlan
 from jaxgrpo import evaluate
 from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.feed import Feed
 from jaxgrpo.inputs import (
     PromptCollator,
     PromptLoader,
@@ -25,16 +25,14 @@ from jaxgrpo.inputs import (
 from jaxgrpo.load import open_params, open_policy, open_processor, param_shapes, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.policy import Params
-from jaxgrpo.programs import compile_sft, init_program, lower_publish
+from jaxgrpo.processes import start_processes
+from jaxgrpo.programs import cache_compilations, compile_sft, init_program, lower_publish
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
-    cache_compilations,
     check_divides,
     make_mesh,
-    process_rows,
     put_prompts,
     say,
-    start_processes,
 )
 from jaxgrpo.update import make_optimizer, split_frozen, stop_if_not_finite
 
@@ -42,7 +40,7 @@ from jaxgrpo.update import make_optimizer, split_frozen, stop_if_not_finite
 def main(config: Config) -> None:
     """Trains on the targets, evaluates, and leaves a run directory."""
     # ---- machine ----
-    start_processes()
+    start_processes(config)
     cache_compilations(config.compilation_cache)
     mesh = make_mesh(config.mesh)
     prompts, length = config.sft.batch, config.rollout.max_new_tokens
@@ -110,17 +108,15 @@ def main(config: Config) -> None:
         eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, publish.out_info)
 
         # ---- the loop ----
-        loader = batches(
+        loader = Feed(
+            mesh,
             StepPlan(inputs.train.buckets, prompts, config.seed, inputs.train.spares),
             targets,
             TargetCollator(PromptCollator(inputs.train.offers, processor.pad_id), length),
+            inputs.train.records,
+            config.data,
             start_step=run.first_step,
             num_steps=config.sft.steps - run.first_step,
-            rows=process_rows(mesh, prompts),
-            threads=config.data.threads,
-            workers=config.data.workers,
-            prefetch=config.data.prefetch,
-            ids=[record.id for record in inputs.train.records],
         )
         progress = Progress("SFT", config.sft.steps, run.first_step)
         with loader:

@@ -9,10 +9,10 @@ path.
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,58 +51,6 @@ RULES: dict[str, str | None] = {
 SAMPLER_RULES = {axis: (None if mesh == FSDP else mesh) for axis, mesh in RULES.items()}
 
 _SHORT_MESSAGE = 1 << 14  # bytes, a power of two: a step's failures and more
-
-
-def start_processes() -> None:
-    """Joins the other processes of the job, if the environment says that there are any.
-
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them; without the first, jax
-    finds them itself on Cloud TPU, GKE, Slurm and Open MPI, and elsewhere this process is alone.
-    Call it before anything touches a device.
-    """
-    if jax.distributed.is_initialized():
-        return
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is None:
-        if jax_finds_processes(os.environ):
-            jax.distributed.initialize()
-        return
-    try:
-        count, index = (int(os.environ[k]) for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be "
-            f"numbers too: {error}"
-        ) from error
-    jax.distributed.initialize(address, count, index)
-
-
-def jax_finds_processes(environment: Mapping[str, str]) -> bool:
-    """Whether `jax.distributed.initialize()` is to look for other processes by itself.
-
-    It fails where it finds none, so the variables that it looks at must show a job of several.
-    """
-    # jax sets this one as it is imported where it finds TPU chips.
-    if "TPU_ML_PLATFORM" in environment and "tpu" in (environment.get("JAX_PLATFORMS") or "tpu"):
-        hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
-        if hosts is None:  # not GKE: jax asks the machine's metadata server, unless told not to
-            return "TPU_SKIP_MDS_QUERY" not in environment
-        return "," in hosts or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
-    if "SLURM_STEP_NODELIST" in environment:  # started by srun, not in the shell that calls it
-        return int(environment.get("SLURM_NTASKS", "1")) > 1
-    if "OMPI_MCA_orte_hnp_uri" in environment:
-        return int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-    return False
-
-
-def cache_compilations(path: str) -> None:
-    """Keeps compiled programs under a folder or bucket path, if one is given, for the next start.
-
-    A restarted job then reads them instead of compiling again. jax names them by program, compiler
-    and devices, so that one folder serves all runs; process 0 writes.
-    """
-    if path:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(path))
 
 
 def say(text: str) -> None:
@@ -258,25 +206,39 @@ def put_prompts(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def process_rows(mesh: Mesh, prompts: int) -> slice:
-    """The rows of a batch of `prompts` that this process feeds: those of its mesh coordinate.
+def process_rows(mesh: Mesh, prompts: int) -> list[int]:
+    """The rows of a batch of `prompts` that this process feeds, rising: of its mesh coordinates.
 
-    Processes that differ only in the tensor coordinate feed the same rows.
+    Processes that differ only in the tensor coordinate feed the same rows (`shares_rows`). On a
+    torus of chips the rows of a host need not be neighbours.
+
+    Raises:
+      ConfigError: two processes have some rows in common, but not all.
     """
-    sharding = NamedSharding(mesh, PROMPTS)
-    local = [
-        index for index in sharding.addressable_devices_indices_map((prompts,)).values() if index
-    ]
-    starts = [index[0].start or 0 for index in local]
-    stops = [prompts if index[0].stop is None else index[0].stop for index in local]
-    rows = slice(min(starts), max(stops))
-    covered = {row for a, b in zip(starts, stops, strict=True) for row in range(a, b)}
-    if covered != set(range(rows.start, rows.stop)):
+    rows = _rows_of_processes(mesh, prompts)
+    distinct = set(rows.values())
+    if sum(map(len, distinct)) != prompts or len(set(map(len, distinct))) > 1:
+        shape = " x ".join(map(str, mesh.devices.shape))
         raise ConfigError(
-            "this process's devices hold rows of the batch that are not contiguous; order the "
-            "mesh so that a process's devices are neighbours on data x fsdp"
+            f"on the mesh of data x fsdp x tensor = {shape}, two processes have some prompts in "
+            "common but not all; choose a mesh.tensor that divides the devices of a process, or "
+            "the other way round"
         )
-    return rows
+    return sorted(rows[jax.process_index()])
+
+
+def shares_rows(mesh: Mesh) -> bool:
+    """Whether several processes feed the same rows of a batch: the tensor axis spans hosts."""
+    rows = _rows_of_processes(mesh, mesh.shape[DATA] * mesh.shape[FSDP])
+    return len(set(rows.values())) < len(rows)
+
+
+def _rows_of_processes(mesh: Mesh, prompts: int) -> dict[int, frozenset[int]]:
+    of_devices: Mapping[Any, Any] = NamedSharding(mesh, PROMPTS).devices_indices_map((prompts,))
+    rows: dict[int, set[int]] = collections.defaultdict(set)
+    for device, (part,) in of_devices.items():
+        rows[device.process_index].update(range(prompts)[part])
+    return {process: frozenset(found) for process, found in rows.items()}
 
 
 def gather_objects(value: Any) -> list[Any]:

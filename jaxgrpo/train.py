@@ -12,18 +12,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.pipeline import batches
 from data.records import Record
 from data.sampling import StepPlan
 from jaxgrpo import evaluate
 from jaxgrpo.config import Config, RolloutSection
+from jaxgrpo.feed import Feed
 from jaxgrpo.inputs import PromptCollator, PromptLoader, describe, prepare
 from jaxgrpo.load import open_params, open_policy, open_processor, param_shapes, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.policy import Params
+from jaxgrpo.processes import start_processes
 from jaxgrpo.programs import (
     Scores,
     answer_shapes,
+    cache_compilations,
     init_program,
     lower_publish,
     lower_train,
@@ -33,14 +35,11 @@ from jaxgrpo.programs import (
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
     RULES,
-    cache_compilations,
     check_divides,
     make_mesh,
-    process_rows,
     put_prompts,
     put_scalar,
     say,
-    start_processes,
 )
 from jaxgrpo.update import UpdateBatch, make_optimizer, split_frozen, stop_if_not_finite
 from rewards.dual import truth_arrays
@@ -50,7 +49,7 @@ from rewards.parse import parse_batch
 def main(config: Config) -> None:
     """Evaluates, trains and evaluates again; leaves a run directory to resume, read and export."""
     # ---- machine: processes, mesh ----
-    start_processes()
+    start_processes(config)
     cache_compilations(config.compilation_cache)
     mesh = make_mesh(config.mesh)
     prompts = config.rollout.prompts
@@ -76,7 +75,6 @@ def main(config: Config) -> None:
             },
             replicate_kv=config.mesh.replicate_kv,
         )
-        rows = process_rows(mesh, prompts)  # of each batch, those that this process feeds
         inputs = prepare(config, processor, train=True, evaluation=True, excluded=run.excluded)
         assert inputs.train is not None
         say(describe(inputs))
@@ -144,18 +142,17 @@ def main(config: Config) -> None:
             evaluate.run_evaluation(0, config, mesh, eval_programs, sampler, inputs, run)
 
         # ---- data: the step plan, loaded ahead ----
-        loader = batches(
+        loader = Feed(
+            mesh,
             StepPlan(inputs.train.buckets, prompts, config.seed, inputs.train.spares),
             PromptLoader(processor, inputs.train.records, config.data),
             PromptCollator(inputs.train.offers, processor.pad_id),
+            inputs.train.records,
+            config.data,
             start_step=run.first_step,
             num_steps=config.train.steps - run.first_step,
-            rows=rows,
-            threads=config.data.threads,
-            workers=config.data.workers,
-            prefetch=config.data.prefetch,
-            ids=[record.id for record in inputs.train.records],
         )
+        rows = loader.rows  # of each batch, those of this process
         progress = Progress("GRPO", config.train.steps, run.first_step)
         seed = put_scalar(mesh, config.seed)
         with loader:

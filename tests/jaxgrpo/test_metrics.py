@@ -6,7 +6,9 @@ import json
 import math
 import re
 import struct
+import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,110 @@ def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path: Path) -> None
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     shown = shown_by_tensorboard(tmp_path / "tensorboard")
     assert shown == [("train/kl", step) for step in range(1, 7)]
+
+
+# ---- Weights & Biases: a stand-in with the calls that we make, which its 0.31 has ----
+
+
+class FakeServer:
+    """What a server of W&B keeps: per run id its lines by number, as `resume="allow"` finds it."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[int, dict[str, Any]]] = {}
+        self.started: list[dict[str, Any]] = []
+        self.exit_codes: list[int] = []
+        self.refuses = False
+
+    def module(self) -> types.ModuleType:
+        wandb = types.ModuleType("wandb")
+
+        class Error(Exception):
+            pass
+
+        def init(**options: Any) -> FakeRun:
+            if self.refuses:
+                raise Error("no API key")
+            assert options["resume"] == "allow"
+            self.started.append(options)
+            return FakeRun(self, self.runs.setdefault(options["id"], {}))
+
+        wandb.Error, wandb.init = Error, init  # type: ignore[attr-defined]
+        return wandb
+
+
+class FakeRun:
+    def __init__(self, server: FakeServer, lines: dict[int, dict[str, Any]]) -> None:
+        self.server, self.lines = server, lines
+        self.step = max(lines, default=-1) + 1
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, data: dict[str, Any], step: int, commit: bool) -> None:
+        assert commit and step >= self.step  # W&B warns and drops the line
+        self.lines[step] = data
+        self.step = step + 1
+
+    def finish(self, exit_code: int) -> None:
+        self.server.exit_codes.append(exit_code)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    server = FakeServer()
+    monkeypatch.setitem(sys.modules, "wandb", server.module())
+    return server
+
+
+def log_to_wandb(run_dir: Path, last: int, resume: int | None = None) -> None:
+    with MetricsLog(run_dir, resume, tensorboard=False, wandb="videos", config={"seed": 3}) as log:
+        if resume is None:
+            log.write(0, "eval", {"tvg/mIoU": 0.25})
+        for step in range((resume or 0) + 1, last + 1):
+            log.write(step, "train", {"kl": step / 4, "reward/iou": None})
+            if step % 2 == 0:
+                log.write(step, "eval", {"tvg/mIoU": step / 8})
+
+
+def test_a_resumed_run_goes_on_at_wandb_with_each_line_once(
+    tmp_path: Path, server: FakeServer
+) -> None:
+    log_to_wandb(tmp_path / "whole", 6)
+    log_to_wandb(tmp_path / "killed", 5)
+    log_to_wandb(tmp_path / "killed", 6, resume=3)
+    whole, killed = server.runs.values()  # two ids, not three
+    assert killed == whole
+    assert [line["step"] for line in whole.values()] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert whole[2 * 4] == {"step": 4, "train/kl": 1.0}
+    assert whole[2 * 4 + 1] == {"step": 4, "eval/tvg/mIoU": 0.5}
+    first = server.started[0]
+    assert (first["project"], first["name"]) == ("videos", "whole")
+    assert first["config"] == {"seed": 3} and server.exit_codes == [0, 0, 0]
+
+
+def test_a_run_that_fails_is_a_failed_run_at_wandb(tmp_path: Path, server: FakeServer) -> None:
+    with pytest.raises(ZeroDivisionError), MetricsLog(tmp_path, tensorboard=False, wandb="videos"):
+        _ = 1 / 0
+    assert server.exit_codes == [1]
+
+
+def test_only_process_0_logs_to_wandb(
+    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    log_to_wandb(tmp_path, 2)
+    assert server.started == [] and list(tmp_path.iterdir()) == []
+
+
+def test_wandb_that_is_missing_or_refuses_is_a_mistake_with_its_mend(
+    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.refuses = True
+    with pytest.raises(MetricsError, match=r"(?s)log.wandb.*no API key.*WANDB_MODE=offline"):
+        log_to_wandb(tmp_path, 1)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(MetricsError, match=r"pip install -e '.\[wandb\]'"):
+        log_to_wandb(tmp_path, 1)
 
 
 def test_the_bar_shows_reward_iou_kl_speed_and_time_left(

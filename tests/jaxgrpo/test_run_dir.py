@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from data.pipeline import Failure
 from data.records import read_manifest
 from jaxgrpo import config as configs
+from jaxgrpo import run_dir
 from jaxgrpo.checkpoint import Command, abstract
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.run_dir import RunDir, is_run, read_config
@@ -176,3 +180,31 @@ def test_a_start_that_wrote_no_score_may_be_mended(place: Workplace, tmp_path: P
     mended = config_of(place, tmp_path / "run", "data.buckets=[200]")
     with RunDir(mended, "train") as run:
         assert configs.load(run.path / "config.yaml") == mended
+
+
+# ---- several hosts ----
+
+
+def as_process(index: int, monkeypatch: pytest.MonkeyPatch, others: Callable[[Any], list]) -> None:
+    """This process is one of two, whose words `others` makes of this one's."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(run_dir, "gather_objects", others)
+    monkeypatch.setattr(run_dir, "_SEEN_WITHIN", 0.1)
+
+
+def test_a_folder_that_hosts_do_not_share_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would keep a part of every checkpoint."""
+    as_process(1, monkeypatch, lambda mine: [mine if isinstance(mine, str) else True, mine])
+    with pytest.raises(ConfigError, match=r"process 1 does not find in .*one folder that all"):
+        run_dir._check_shared(tmp_path)
+
+
+def test_a_folder_that_hosts_share_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_process(0, monkeypatch, lambda mine: [mine, mine])
+    run_dir._check_shared(tmp_path)
+    assert list(tmp_path.iterdir()) == []

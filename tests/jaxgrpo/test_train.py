@@ -1,4 +1,4 @@
-"""GRPO runs from start to end: killed, resumed, in two processes, on bad input; what they write.
+"""GRPO runs from start to end: killed, resumed, on bad input; what they write.
 
 The runs are real processes on one CPU device (see `tiny_run`); some are shared between files.
 """
@@ -311,37 +311,6 @@ def flatten(tree: dict, prefix: str = "") -> list[tuple[str, np.ndarray]]:
             else [(f"{prefix}{key}", np.asarray(value))]
         )
     ]
-
-
-# ---- more than one process ----
-
-
-@pytest.mark.parametrize(
-    "mesh", [["mesh.data=1", "mesh.fsdp=2", "grpo.kl=0"], ["mesh.data=2"]], ids=["fsdp", "data, KL"]
-)
-def test_two_processes_train_as_one(place: Workplace, mesh: list[str]) -> None:
-    """Batches, and with fsdp weights, are split; both are killed and resumed on the way."""
-    overrides = [*tiny_run.started(place), *tiny_run.mixed(place), *mesh, "train.steps=4"]
-    one, two = (place.folder / f"{name}_{len(mesh)}" for name in ("one_process", "two_processes"))
-    tiny_run.run(place, "train", one, *overrides, devices=2)
-    killed = tiny_run.run_processes(place, 2, two, *overrides, kill="update:4")
-    assert [p.code for p in killed] == [-signal.SIGKILL] * 2, [p.out for p in killed]
-    finished = tiny_run.run_processes(place, 2, two, *overrides)
-    assert [p.code for p in finished] == [0, 0], [p.out for p in finished]
-
-    # Before the kill, over an evaluation and a checkpoint, and after it.
-    counted = [line["compilations"] for line in tiny_run.lines(two, "train")]
-    assert len(set(counted[:2])) == len(set(counted[2:])) == 1
-    found, expected = (tiny_run.without_times(tiny_run.lines(x)) for x in (two, one))
-    assert len(found) == len(expected)  # process 0 alone writes
-    for line, other in zip(found, expected, strict=True):
-        assert line == pytest.approx(other, abs=1e-5)
-    assert found[-2]["data/failed_videos"] == 1
-    state, other_state = tiny_run.state_of(two), tiny_run.state_of(one)
-    for name, array in other_state.items():
-        np.testing.assert_allclose(state[name], array, atol=1e-5, err_msg=name)
-    assert "wrote" in finished[0].out and "wrote" not in finished[1].out
-    assert "tvg/mIoU" not in finished[1].out
 
 
 # ---- steps that are not finite ----

@@ -279,22 +279,44 @@ def run(
     return finished
 
 
-def run_processes(
-    place: Workplace, count: int, run_dir: Path, *overrides: str, kill: str = ""
-) -> list[Finished]:
-    """Runs `jaxgrpo train` in `count` processes of one device each that work as one job.
-
-    Each looks at the run directory a second later than the one before: they need not keep step.
-    """
+def free_port() -> int:
+    """One on which nothing listens just now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
+        port: int = free.getsockname()[1]
+        return port
+
+
+def start_processes(
+    place: Workplace,
+    count: int,
+    run_dir: Path,
+    *overrides: str,
+    command: str = "train",
+    devices: int = 1,
+    kill: tuple[int, str] = (-1, ""),
+    options: Callable[[int], Sequence[str]] = lambda index: (),
+) -> list[subprocess.Popen[str]]:
+    """Starts `jaxgrpo COMMAND` in `count` processes that work as one job.
+
+    Each looks at the run directory half a second later than the one before: they need not keep
+    step.
+
+    Args:
+      devices: of each process.
+      kill: a process and a point at which it is to be killed, see `arm`.
+      options: of this module, by process.
+    """
+    port = free_port()
+    return [
         start(
             place,
-            *(f"--kill={kill}", f"--late={index}"),
-            *("train", str(place.config), f"run_dir={run_dir}", *overrides),
+            f"--kill={kill[1] if index == kill[0] else ''}",
+            f"--late={index / 2}",
+            *options(index),
+            *(command, str(place.config), f"run_dir={run_dir}", *overrides),
             module="tests.jaxgrpo.tiny_run",
+            devices=devices,
             env={
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(count),
@@ -303,7 +325,15 @@ def run_processes(
         )
         for index in range(count)
     ]
-    return [wait(process) for process in processes]
+
+
+def run_processes(
+    place: Workplace, count: int, run_dir: Path, *overrides: str, **how: Any
+) -> list[Finished]:
+    """Runs processes (see `start_processes`) to their end, which must be a success."""
+    finished = [wait(x) for x in start_processes(place, count, run_dir, *overrides, **how)]
+    assert [process.code for process in finished] == [0] * count, [x.out for x in finished]
+    return finished
 
 
 # ---- what a run left ----
@@ -399,6 +429,34 @@ def be_late(seconds: float) -> None:
     checkpoint.read_identity = late_read_identity
 
 
+def lie_on_a_torus() -> None:
+    """Lays out 4 processes of 2 devices as on a v5p:4x4x4: a host's rows are not neighbours.
+
+    On the mesh 2 x 2 x 2 processes 0 and 1 feed rows 0 and 2, processes 2 and 3 rows 1 and 3.
+    """
+    from jax.experimental import mesh_utils
+
+    def torus(shape: Sequence[int], devices: Sequence[Any], **_: Any) -> np.ndarray:
+        assert tuple(shape) == (2, 2, 2)
+        fsdp_tensor_data = np.array(devices).reshape(2, 2, 2)
+        return fsdp_tensor_data.transpose(2, 0, 1)
+
+    mesh_utils.create_device_mesh = torus
+
+
+def see_whole() -> None:
+    """Makes this process find a whole video in CUT, as if its host had a better copy."""
+    from jaxgrpo import inputs
+
+    decode = inputs.decode
+
+    def seeing_decode(path: Path, *how: Any) -> Any:
+        whole = path.with_name("train") / "clip_00001.mp4"
+        return decode(whole if path.name == CUT else path, *how)
+
+    inputs.decode = seeing_decode
+
+
 def die() -> None:
     """As `kill -9` does: no exit handler runs, no buffer is written."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -410,6 +468,8 @@ def main() -> int:
     parser.add_argument("--kill", default="")
     parser.add_argument("--counts", default="")
     parser.add_argument("--late", type=float, default=0.0)
+    parser.add_argument("--torus", action="store_true")
+    parser.add_argument("--sees-whole", action="store_true")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     from jaxgrpo import cli
@@ -419,6 +479,10 @@ def main() -> int:
         arm(options.kill)
     if options.late:
         be_late(options.late)
+    if options.torus:
+        lie_on_a_torus()
+    if options.sees_whole:
+        see_whole()
     with CompileCounter() as counter:
         code = cli.main(options.rest)
     if options.counts:
