@@ -85,6 +85,8 @@ class Topology:
             )
         generation, shape = self.name.split(":")
         options = dict(TPUS[generation].options)
+        if shape == "1x1":
+            options["chips_per_host_bounds"] = [1, 1, 1]
         if self.slices > 1:
             options["num_slices"] = self.slices
         return topologies.get_topology_desc(
