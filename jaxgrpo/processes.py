@@ -58,6 +58,8 @@ def start_processes(config: Config) -> None:
     named = named_processes(os.environ)
     if not named and not jax_finds_processes(os.environ):
         return
+    # On CPU a program would start before the last one has ended, and their messages get mixed.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     with _giving_up(named):
         jax.distributed.initialize(
             **named,

@@ -53,6 +53,7 @@ def test_the_version_is_written_once() -> None:
 def test_the_code_imports_only_what_the_core_install_brings() -> None:
     # numpy and jax bring ml_dtypes; transformers brings the hub client and tokenizers.
     brought = core_imports() | {"ml_dtypes", "huggingface_hub", "tokenizers", "absl"}
+    brought |= set(names(PROJECT["project"]["optional-dependencies"]["wandb"]))  # where it is set
     allowed = brought | set(PACKAGES) | set(sys.stdlib_module_names)
     foreign = {
         str(path.relative_to(CLONE)): sorted(imported(path) - allowed)

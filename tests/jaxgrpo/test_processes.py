@@ -25,7 +25,7 @@ from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import STEPS, Workplace
 
 CLOSE = 1e-5
-END_WITHIN = 45.0  # seconds; the heartbeat timeout of 60 s would be waited for otherwise
+END_WITHIN = 60.0  # seconds, with the heartbeat timeout of `tiny_run`
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +38,8 @@ def reference(place: Workplace) -> Path:
     return tiny_run.reference(place)
 
 
-@pytest.fixture(scope="module")
-def two(place: Workplace) -> Path:
-    """The run directory of two processes that nobody killed."""
-    finished = tiny_run.run_processes(place, 2, place.folder / "two", *overrides(place))
-    (place.folder / "two" / "printed.json").write_text(json.dumps([x.out for x in finished]))
-    return place.folder / "two"
-
-
 def overrides(place: Workplace) -> list[str]:
     return [*tiny_run.started(place), *tiny_run.mixed(place)]
-
-
-def assert_equals_one_process(run_dir: Path, reference: Path) -> None:
-    found, expected = (tiny_run.without_times(tiny_run.lines(x)) for x in (run_dir, reference))
-    assert len(found) == len(expected)  # process 0 alone writes
-    for line, other in zip(found, expected, strict=True):
-        assert line == pytest.approx(other, abs=CLOSE)
-    state, other_state = tiny_run.state_of(run_dir), tiny_run.state_of(reference)
-    assert state.keys() == other_state.keys()
-    for name, array in other_state.items():
-        np.testing.assert_allclose(state[name], array, atol=CLOSE, err_msg=name)
 
 
 # ---- which processes ----
@@ -242,17 +223,79 @@ def test_processes_that_do_not_all_come_end_with_the_address() -> None:
     assert expected in alone.out and "firewall" in alone.out
 
 
-# ---- equal to one process ----
+# ---- equal to one process, a process lost on the way ----
 
 
-def test_two_processes_train_as_one(two: Path, reference: Path) -> None:
-    assert_equals_one_process(two, reference)
-    counted = [line["compilations"] for line in tiny_run.lines(two, "train")]
-    assert counted[0] == counted[1]
-    assert len(set(counted[2:])) == 1  # at the first save Orbax compiles copies between devices
-    first, second = json.loads((two / "printed.json").read_text())
-    assert "wrote" in first and "wrote" not in second and "tvg/mIoU" not in second
-    assert "process 1 of 2 is on" in second
+def killed_job(jobs: list[subprocess.Popen[str]], victim: int) -> None:
+    """Waits until the victim is dead and for the others, which must end soon and say why."""
+    dead = tiny_run.wait(jobs[victim])
+    assert dead.code == -signal.SIGKILL, dead.out
+    killed_at = time.monotonic()
+    for job in jobs[:victim] + jobs[victim + 1 :]:
+        ended = tiny_run.wait(job)
+        assert ended.code in (1, -signal.SIGABRT), ended.out
+        # Ours where the connection broke, jax's where the coordinator found out first.
+        assert "lost another one" in ended.out or "JAX distributed service" in ended.out
+    assert time.monotonic() - killed_at < END_WITHIN
+
+
+def assert_equals_one_process(run_dir: Path, reference: Path) -> None:
+    """By the lines of training, and by the norm of the difference of each saved array."""
+    found, expected = (
+        tiny_run.without_times(tiny_run.lines(x, "train")) for x in (run_dir, reference)
+    )
+    assert len(found) == len(expected)  # process 0 alone writes
+    for line, other in zip(found, expected, strict=True):
+        assert line == pytest.approx(other, abs=CLOSE)
+    state, other_state = tiny_run.state_of(run_dir), tiny_run.state_of(reference)
+    assert state.keys() == other_state.keys()
+    for name, array in other_state.items():
+        difference = np.linalg.norm((state[name] - array).ravel())
+        assert difference <= CLOSE * np.linalg.norm(array.ravel()), name
+
+
+def test_two_processes_of_which_0_is_killed_go_on_when_restarted_and_equal_one(
+    place: Workplace, reference: Path
+) -> None:
+    """Process 0 is the one that the others ask for each other."""
+    run_dir = place.folder / "two"
+    short = [*overrides(place), "eval.every=0", "eval.limit=4"]
+    killed_job(tiny_run.start_processes(place, 2, run_dir, *short, kill=(0, "update:4")), victim=0)
+    first, second = tiny_run.run_processes(place, 2, run_dir, *short)
+    assert_equals_one_process(run_dir, reference)
+    assert "wrote" in first.out and "wrote" not in second.out and "tvg/mIoU" not in second.out
+    assert "process 1 of 2 is on" in second.out
+    counted = [line["compilations"] for line in tiny_run.lines(run_dir, "train")]
+    # Between the saves: at a first one Orbax compiles copies between devices.
+    assert [a == b for a, b in zip(counted[::2], counted[1::2], strict=True)] == [True] * 3
+
+
+def test_four_processes_lose_one_and_two_go_on_with_their_run(
+    place: Workplace, reference: Path
+) -> None:
+    """The tensor axis spans processes, whose rows are not neighbours, and one of each pair with the
+    same rows can read a video that the other cannot. Two processes resume on another mesh.
+    """
+    run_dir, mesh = place.folder / "four", ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+    jobs = tiny_run.start_processes(
+        place,
+        4,
+        run_dir,
+        *overrides(place),
+        *mesh,
+        devices=2,
+        kill=(2, f"update:{STEPS - 1}"),
+        options=lambda index: ["--torus", *(["--sees-whole"] if index % 2 else [])],
+    )
+    killed_job(jobs, victim=2)
+    scores = tiny_run.without_times(tiny_run.lines(run_dir, "eval"))
+    expected = tiny_run.without_times(tiny_run.lines(reference, "eval"))
+    assert [line["step"] for line in scores] == [0, 3]  # by all four
+    for line, other in zip(scores, expected, strict=False):
+        assert line == pytest.approx(other, abs=CLOSE)
+    resumed = [*overrides(place), "mesh.data=1", "mesh.fsdp=2", "eval.every=0", "eval.limit=4"]
+    tiny_run.run_processes(place, 2, run_dir, *resumed)
+    assert_equals_one_process(run_dir, reference)
 
 
 def test_two_processes_evaluate_as_one(place: Workplace, reference: Path) -> None:
@@ -265,64 +308,3 @@ def test_two_processes_evaluate_as_one(place: Workplace, reference: Path) -> Non
     assert (scores["items"], scores["items_failed"]) == (9, 1)
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 9
     assert "wrote" in finished[0].out and "wrote" not in finished[1].out
-
-
-def test_two_processes_fine_tune_as_one(place: Workplace) -> None:
-    run_dir = place.folder / "sft_two"
-    few = [*tiny_run.COLD_START, "sft.steps=2", "eval.limit=4"]
-    tiny_run.run_processes(place, 2, run_dir, *few, command="sft")
-    expected = tiny_run.without_times(tiny_run.lines(tiny_run.cold_start(place), "train"))[:2]
-    found = tiny_run.without_times(tiny_run.lines(run_dir, "train"))
-    for line, other in zip(found, expected, strict=True):
-        assert line == pytest.approx(other, abs=CLOSE)
-
-
-# ---- a process is killed ----
-
-
-def killed_job(jobs: list, victim: int) -> list[tiny_run.Finished]:
-    """Waits until the victim is dead and for the others, which must end soon and say why."""
-    ended = {victim: tiny_run.wait(jobs[victim])}
-    assert ended[victim].code == -signal.SIGKILL, ended[victim].out
-    killed_at = time.monotonic()
-    for index in set(range(len(jobs))) - {victim}:
-        ended[index] = tiny_run.wait(jobs[index])
-        assert ended[index].code not in (0, 2, 75), ended[index].out
-    assert time.monotonic() - killed_at < END_WITHIN
-    return [ended[index] for index in range(len(jobs))]
-
-
-def test_when_process_0_is_killed_the_other_ends_and_a_restart_goes_on_exactly(
-    place: Workplace, two: Path
-) -> None:
-    run_dir = place.folder / "two_killed"
-    jobs = tiny_run.start_processes(place, 2, run_dir, *overrides(place), kill=(0, "update:4"))
-    killed_job(jobs, victim=0)
-    tiny_run.run_processes(place, 2, run_dir, *overrides(place))
-    tiny_run.assert_same_bits(tiny_run.state_of(run_dir), tiny_run.state_of(two))
-    found, expected = (tiny_run.without_times(tiny_run.lines(x)) for x in (run_dir, two))
-    assert found == expected
-
-
-def test_four_processes_that_lose_one_end_and_two_go_on_with_their_run(
-    place: Workplace, reference: Path
-) -> None:
-    """The tensor axis spans processes, whose rows are not neighbours; one of each pair that feeds
-    the same rows can read a video that the other cannot. Two processes resume on another mesh.
-    """
-    run_dir = place.folder / "four"
-    mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
-    jobs = tiny_run.start_processes(
-        place,
-        4,
-        run_dir,
-        *overrides(place),
-        *mesh,
-        devices=2,
-        kill=(2, f"update:{STEPS - 1}"),
-        options=lambda index: ["--torus", *(["--sees-whole"] if index % 2 else [])],
-    )
-    killed_job(jobs, victim=2)
-    assert [line["step"] for line in tiny_run.lines(run_dir, "train")][-1] >= STEPS - 2
-    tiny_run.run_processes(place, 2, run_dir, *overrides(place), "mesh.data=1", "mesh.fsdp=2")
-    assert_equals_one_process(run_dir, reference)

@@ -268,6 +268,17 @@ def test_a_single_process_feeds_all_rows(name: str) -> None:
     assert process_rows(make_mesh(MESHES[name]), 8) == list(range(8))
 
 
+def test_processes_with_a_part_of_their_rows_in_common_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three processes of two devices on 1 x 2 x 3: the second has a device in either row."""
+    mesh = make_mesh(MESHES["1x4x2"])
+    rows = {0: frozenset({0, 1}), 1: frozenset(range(4)), 2: frozenset({2, 3})}
+    monkeypatch.setattr("jaxgrpo.sharding._rows_of_processes", lambda mesh, prompts: rows)
+    with pytest.raises(ConfigError, match="= 1 x 4 x 2, two processes have some prompts in common"):
+        process_rows(mesh, 4)
+
+
 def test_what_the_host_reads_is_whole_on_every_device(small: SmallModel) -> None:
     """A process reads it without asking the others: only its own shards are there."""
     mesh = make_mesh(MESHES["2x2x2"])

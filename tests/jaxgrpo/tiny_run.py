@@ -472,9 +472,10 @@ def main() -> int:
     parser.add_argument("--sees-whole", action="store_true")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    from jaxgrpo import cli
+    from jaxgrpo import cli, processes
     from jaxgrpo.metrics import CompileCounter
 
+    processes.HEARTBEAT_TIMEOUT = 20  # a test should not take minutes; a busy machine is slow
     if options.kill:
         arm(options.kill)
     if options.late:
