@@ -28,6 +28,8 @@ Recomputed in the backward pass:
   - with attention in more than one block of queries every block: its scores, and for completions
     its values too, which the softmax's shared denominator needs. (The prompt's values, half its
     attention, nothing reads.)
+XLA on CPUs sees through some of it, and computes less: one chunk of logits is not computed again,
+and blocks of completions are not when their layer is.
 """
 
 from __future__ import annotations

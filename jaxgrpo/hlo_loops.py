@@ -116,7 +116,7 @@ def trips(module: Module, loop: Instruction, start: Value) -> Trips:
     after = Values(module, module[loop.computations("body")[0]], [carried]).root
     if not isinstance(start, Tuple) or not isinstance(after, Tuple):
         return Trips(None, False)
-    counts = [_count(c, start.parts, after.parts) for c in _comparisons(condition)]
+    counts = [trips_until(c, start.parts, after.parts) for c in _comparisons(condition)]
     limits = [count for count in counts if count is not None]
     exact = isinstance(condition, Comparison) and bool(limits)
     return Trips(min(limits) if limits else None, exact)
@@ -133,7 +133,7 @@ def _comparisons(condition: Value) -> Iterator[Comparison]:
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}
 
 
-def _count(
+def trips_until(
     comparison: Comparison, start: tuple[Value, ...], after: tuple[Value, ...]
 ) -> int | None:
     """Trips until `comparison` fails: `i < 10` from 1 by 3 is 3 (i = 1, 4, 7)."""

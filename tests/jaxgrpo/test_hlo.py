@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgrpo.hlo import Report, read
 from jaxgrpo.hlo_text import HloError
+from tests.jaxgrpo.aot import tpu_devices
 
 A, B, C = 16, 24, 40  # [A, B] x [B, C]
 ONE = 2 * A * B * C
@@ -30,19 +29,7 @@ def devices(request: pytest.FixtureRequest) -> np.ndarray:
     """Eight devices of this machine, or of a TPU slice that is only compiled for."""
     if request.param == "cpu":
         return np.array(jax.devices()[:8])
-    pytest.importorskip("libtpu")
-    here = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in here.items():
-            if key not in os.environ:
-                patch.setenv(key, value)
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    return np.array(topology.devices)
+    return tpu_devices("v5e:2x4")
 
 
 def mesh_of(devices: np.ndarray) -> Mesh:
@@ -302,3 +289,79 @@ def test_donated_arguments_are_counted(devices: np.ndarray) -> None:
 
 def test_nothing_donated_is_nothing(devices: np.ndarray) -> None:
     assert compiled(devices, lambda a: a + 1, (A, B)).donation == ((), 0)
+
+
+# ---- what XLA writes only for large programs, by hand ----
+
+
+def by_hand(*lines: str, functions: str = "") -> Report:
+    """A program of `lines` on x: f32[8,8]."""
+    body = "\n".join(f"  {line}" for line in lines)
+    return read(
+        f"HloModule hand, num_partitions=4\n{functions}\n"
+        f"ENTRY %main (x: f32[8,8]) -> f32[8,8] {{\n  %x = f32[8,8]{{1,0}} parameter(0)\n{body}\n}}"
+    )
+
+
+DOT = "dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+
+def test_rematerialisation_by_xla_is_told_apart() -> None:
+    report = by_hand(f"%d = f32[8,8]{{1,0}} {DOT}", f"ROOT %d.remat = f32[8,8]{{1,0}} {DOT}")
+    assert report.work.rematerialised == ["d.remat"]
+    assert report.work.flops() == 2 * 1024
+    assert report.work.flops(lambda matmul: matmul.rematerialised) == 1024
+
+
+def test_a_rematerialised_fusion_holds_rematerialised_products() -> None:
+    functions = (
+        "%f (x: f32[8,8]) -> f32[8,8] {\n  %x = f32[8,8]{1,0} parameter(0)\n"
+        f"  ROOT %d = f32[8,8]{{1,0}} {DOT}\n}}\n"
+    )
+    line = "ROOT %fusion.1.remat2 = f32[8,8]{1,0} fusion(%x), kind=kOutput, calls=%f"
+    report = by_hand(line, functions=functions)
+    assert report.work.rematerialised == ["fusion.1.remat2"]
+    assert report.work.flops(lambda matmul: matmul.rematerialised) == 1024
+
+
+def test_a_kernel_is_listed_as_unknown() -> None:
+    report = by_hand(
+        'ROOT %k = f32[8,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"'
+    )
+    assert [(u.name, u.what, u.times) for u in report.work.unknown] == [("k", "tpu_custom_call", 1)]
+
+
+def test_a_collective_is_counted_at_its_start() -> None:
+    report = by_hand(
+        "%s = (f32[8,8]{1,0}, f32[32,8]{1,0}) all-gather-start(%x), replica_groups=[1,4]<=[4], "
+        "dimensions={0}",
+        "ROOT %d = f32[32,8]{1,0} all-gather-done(%s)",
+    )
+    assert found(report) == [("all-gather", 1, 32 * 8 * F32, 8 * 8 * F32, 4)]
+
+
+GATHER = 'all-gather(%x), replica_groups=[1,4]<=[4], frontend_attributes={chain_id="3"}'
+
+
+def test_a_collective_that_goes_on_through_fusions_is_counted_once() -> None:
+    report = by_hand(
+        f"%g = f32[32,8]{{1,0}} {GATHER}",
+        '%s = f32[8,8]{1,0} custom-call(%g), custom_call_target="AsyncCollectiveStart"',
+        f"%h = f32[32,8]{{1,0}} {GATHER}",
+        'ROOT %d = f32[8,8]{1,0} custom-call(%h), custom_call_target="AsyncCollectiveDone"',
+    )
+    assert found(report) == [("all-gather", 1, 32 * 8 * F32, 8 * 8 * F32, 4)]
+
+
+def test_a_collective_that_nothing_starts_is_an_error() -> None:
+    with pytest.raises(HloError, match="goes on with a collective that nothing starts"):
+        by_hand(f"ROOT %g = f32[32,8]{{1,0}} {GATHER}")
+
+
+def test_a_product_inside_a_reduction_is_an_error() -> None:
+    functions = (
+        "%f (a: f32[8,8], b: f32[8,8]) -> f32[8,8] {\n  %x = f32[8,8]{1,0} parameter(0)\n"
+        f"  ROOT %d = f32[8,8]{{1,0}} {DOT}\n}}\n"
+    )
+    with pytest.raises(HloError, match="a reduce whose function f multiplies"):
+        by_hand("ROOT %r = f32[8]{0} reduce(%x, %x), to_apply=%f", functions=functions)
