@@ -3,7 +3,8 @@
 A command imports what it needs when it runs, so that `jaxgrpo --help` and a mistyped config key
 answer at once. A user's mistake (any `ValueError` subclass of our four packages, a missing file,
 the hub out of reach) is one line, `error: ...`, and exit code 2; `JAXGRPO_TRACEBACK=1` shows where
-it was raised. Everything else is a bug and keeps its traceback.
+it was raised. SIGTERM saves and ends `sft` and `train` with exit code 75, see `preemption`.
+Everything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jaxgrpo
-from jaxgrpo import config, strict_yaml
+from jaxgrpo import config, preemption, strict_yaml
 
 _GOES_ON = "the same command goes on from the last checkpoint, if there is one yet"
 _AFTER_INTERRUPTION = {
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_packages()
         return _run(options)
+    except preemption.Preempted as end:
+        print(f"\n{end}", file=sys.stderr)
+        return preemption.EXIT_CODE
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_AFTER_INTERRUPTION[options.command]}", file=sys.stderr)
         return _failed(130)
@@ -132,18 +136,20 @@ def _run(options: argparse.Namespace) -> int:
         from jaxgrpo import plan
 
         return plan.main(settings, options.topology, options.slices, options.json)
-    if options.command == "sft":
-        from jaxgrpo import sft
-
-        sft.main(settings)
-    elif options.command == "train":
-        from jaxgrpo import train
-
-        train.main(settings)
-    else:
+    if options.command == "eval":
         from jaxgrpo import evaluate
 
         evaluate.main(settings)
+        return 0
+    with preemption.watching():
+        if options.command == "sft":
+            from jaxgrpo import sft
+
+            sft.main(settings)
+        else:
+            from jaxgrpo import train
+
+            train.main(settings)
     return 0
 
 

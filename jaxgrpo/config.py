@@ -258,15 +258,32 @@ class EvalSection:
             _at_least("eval", self, max_new_tokens=1)
 
 
+Score = Literal[
+    "tvg/mIoU",
+    "tvg/R1@0.3",
+    "tvg/R1@0.5",
+    "tvg/R1@0.7",
+    "mcqa/accuracy",
+    "gqa/accuracy",
+    "gqa/mIoU",
+    "gqa/acc_at_iou0.5",
+    "format",
+    "reward/total",
+]  # of `evaluate.summarise`, those that are better the higher they are
+
+
 @dataclass(frozen=True)
 class CheckpointSection:
     """When the run can be resumed from."""
 
-    every: int = 50  # steps; the last step is always saved
-    keep: int = 3  # newest checkpoints kept
+    every: int = 50  # steps; the last step is always saved, and the one that SIGTERM interrupts
+    keep: int = 3  # newest checkpoints kept; with 1 there is none to go back to after damage
+    best: Score | None = None  # an evaluation's score: the checkpoint with the highest is kept too
+    hash_gib: float = 64.0  # SHA-256 of checkpoints up to this size, in GiB; of others only file
+    # sizes are noted and checked; 0: of all
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint", self, every=1, keep=1)
+        _at_least("checkpoint", self, every=1, keep=1, hash_gib=0)
 
 
 @dataclass(frozen=True)
@@ -300,7 +317,7 @@ class LogSection:
 class Config:
     """Everything that decides a run."""
 
-    run_dir: str = field(metadata=_RESUMABLE)  # checkpoints, metrics, samples, curves
+    run_dir: str = field(metadata=_RESUMABLE)  # a folder, or gs://...: checkpoints, metrics, curves
     model: ModelSection
     data: DataSection
     seed: int = 0
@@ -326,6 +343,14 @@ class Config:
                 "no data: set data.train and data.eval to JSONL manifests (`eval` needs only the "
                 "second), or set data.synthetic"
             )
+        evaluated = self.eval.every and self.eval.every % self.checkpoint.every == 0
+        _check(
+            "eval.every",
+            self.eval.every,
+            self.checkpoint.best is None or bool(evaluated),
+            f"a multiple of checkpoint.every ({self.checkpoint.every}), so that every evaluation "
+            "that checkpoint.best compares has a checkpoint",
+        )
         _check(
             "optim.accumulate",
             self.optim.accumulate,

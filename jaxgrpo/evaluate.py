@@ -12,16 +12,17 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax import Array
 from jax.sharding import Mesh
 
-from data.records import Record, merge_spans, write_atomically
+from data.records import Record, merge_spans
 from data.sampling import OnePass
+from jaxgrpo import preemption
 from jaxgrpo.config import Config
 from jaxgrpo.feed import Feed
 from jaxgrpo.inputs import Dataset, Inputs, PromptCollator, PromptLoader, describe, prepare
@@ -72,10 +73,11 @@ def main(config: Config) -> None:
     metrics, predictions = evaluate(config, mesh, programs, sampler, inputs)
     if jax.process_index() == 0:
         print(table({config.model.path: metrics}))
-        out = Path(config.run_dir)
-        write_atomically(out / "eval.json", json.dumps(metrics, indent=2) + "\n")
+        out = epath.Path(config.run_dir)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "eval.json").write_text(json.dumps(metrics, indent=2) + "\n")
         lines = [json.dumps(sample(p), ensure_ascii=False) for p in predictions]
-        write_atomically(out / "predictions.jsonl", "\n".join(lines) + "\n")
+        (out / "predictions.jsonl").write_text("\n".join(lines) + "\n")
         print(f"wrote {out / 'eval.json'} and {out / 'predictions.jsonl'}")
 
 
@@ -162,10 +164,18 @@ def run_evaluation(
     sampler: Params,
     inputs: Inputs,
     run: RunDir,
-) -> dict[str, float]:
-    """Evaluates during a run and writes the scores and a few predictions down."""
+) -> dict[str, float] | None:
+    """Evaluates during a run and writes the scores and a few predictions down.
+
+    Returns:
+      The scores; None if SIGTERM came in between: nothing is written and `run.stopping` is set.
+    """
     started = time.perf_counter()
-    scores, predictions = evaluate(config, mesh, programs, sampler, inputs)
+    try:
+        scores, predictions = evaluate(config, mesh, programs, sampler, inputs)
+    except preemption.Preempted:
+        run.stopping = True
+        return None
     run.write(step, "eval", scores | {"time/eval": time.perf_counter() - started})
     shown = first_of_each_task(predictions, config.log.samples)
     run.write_completions(step, "eval", [sample(p) for p in shown])
@@ -184,6 +194,9 @@ def predict(
 
     Returns:
       the predictions, and id -> reason of the items whose video failed, which have none.
+
+    Raises:
+      Preempted: a process was told to end; all processes raise it after the same batch.
     """
     plan = OnePass(dataset.buckets, config.eval.batch, dataset.spares)
     loader = Feed(
@@ -201,6 +214,8 @@ def predict(
     replaced: set[int] = set()  # items whose slot holds another's video: they are not scored
     with loader:
         for batch in loader:
+            if any(gather_objects(preemption.told())):
+                raise preemption.Preempted("SIGTERM during an evaluation")
             zero = put_scalar(mesh, 0)
             rollout, _ = programs.rollout[batch.bucket](
                 sampler, put_prompts(mesh, batch.prompts), zero, zero

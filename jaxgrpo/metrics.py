@@ -30,6 +30,7 @@ from tqdm import tqdm
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 WANDB_ID = "wandb_id.txt"
+TENSORBOARD = "tensorboard"
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -49,6 +50,7 @@ class MetricsLog:
         tensorboard: bool = True,
         wandb: str = "",
         config: Mapping[str, Any] | None = None,
+        owes_evaluation: bool = False,
     ):
         """Makes the files ready to be appended to.
 
@@ -59,6 +61,7 @@ class MetricsLog:
           tensorboard: whether to mirror the numbers to `run_dir/tensorboard`.
           wandb: the Weights & Biases project to mirror them to; empty for none.
           config: what Weights & Biases shows as the run's configuration.
+          owes_evaluation: whether the evaluation of `resume_step` will be written (again).
 
         Raises:
           MetricsError: an existing file is damaged before its last line, or Weights & Biases is not
@@ -72,12 +75,12 @@ class MetricsLog:
             return
         self._run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, COMPLETIONS):
-            _cut(self._run_dir / name, resume_step)
+            _cut(self._run_dir / name, resume_step, owes_evaluation)
         if tensorboard:
             from tensorboardX import SummaryWriter  # not above: it imports torch where there is one
 
             purge = 0 if resume_step is None else resume_step + 1  # hides what is written again
-            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=purge)
+            self._board = SummaryWriter(str(self._run_dir / TENSORBOARD), purge_step=purge)
         if wandb:
             self._wandb = WandbRun(self._run_dir, wandb, config or {})
 
@@ -311,12 +314,17 @@ def _number(value: Any) -> float | int | None:
     return scalar if math.isfinite(scalar) else None
 
 
-def _cut(path: Path, resume_step: int | None) -> None:
-    """Drops a torn last line and the lines of steps after `resume_step`, atomically."""
+def _cut(path: Path, resume_step: int | None, owes_evaluation: bool) -> None:
+    """Drops a torn last line and the lines that a resumed run will write, atomically."""
     if not path.exists():
         return
     lines = [] if resume_step is None else _lines(path)
-    kept = [text for line, text in lines if line["step"] <= resume_step]
+    again = resume_step if owes_evaluation else None
+    kept = [
+        text
+        for line, text in lines
+        if line["step"] <= resume_step and (line["step"], line.get("split")) != (again, "eval")
+    ]
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)

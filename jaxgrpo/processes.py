@@ -60,6 +60,8 @@ def start_processes(config: Config) -> None:
         return
     # On CPU a program would start before the last one has ended, and their messages get mixed.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # It would take SIGTERM away from `preemption`, which agrees on the step by itself.
+    jax.config.update("jax_enable_preemption_service", False)
     with _giving_up(named):
         jax.distributed.initialize(
             **named,

@@ -7,21 +7,25 @@ tensorboard/       the same numbers for TensorBoard
 wandb_id.txt       the run's id at Weights & Biases, with log.wandb
 config.yaml        the whole config, defaults included
 curves.png         written at the end
+
+It may be in a bucket (gs://bucket/runs/1): checkpoints go there, the other files by `mirror`.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import jax
+from etils import epath
 
 from data.pipeline import Failure
-from data.records import Record, write_atomically
+from data.records import TASKS, Record, write_atomically
 from jaxgrpo import config as configs
+from jaxgrpo import preemption
 from jaxgrpo.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
@@ -30,9 +34,18 @@ from jaxgrpo.checkpoint import (
     read_identity,
 )
 from jaxgrpo.config import Config
-from jaxgrpo.metrics import METRICS, MetricsLog, plot_curves, read_metrics
+from jaxgrpo.metrics import (
+    COMPLETIONS,
+    METRICS,
+    TENSORBOARD,
+    WANDB_ID,
+    MetricsLog,
+    plot_curves,
+    read_metrics,
+)
+from jaxgrpo.mirror import Mirror, in_bucket
 from jaxgrpo.processes import check_same
-from jaxgrpo.sharding import gather_objects
+from jaxgrpo.sharding import gather_objects, say
 from jaxgrpo.update import TrainState
 
 CONFIG = "config.yaml"
@@ -48,6 +61,8 @@ class RunDir:
       first_step: updates already done; 0 for a new run.
       excluded: what was left out when the run began, and why; see `inputs.Inputs`.
       failures: item id -> why its video failed later, over the whole run.
+      owes_evaluation: whether the evaluation after `first_step` updates is still to be made.
+      stopping: whether a process of the run has got SIGTERM; the same on all of them.
     """
 
     def __init__(self, config: Config, command: Command):
@@ -57,8 +72,14 @@ class RunDir:
           ConfigError: it holds another run (see `checkpoint.Checkpoints`), with or without a
             checkpoint, or one that has gone further than this config asks.
         """
-        self.path = Path(config.run_dir)
-        _check_shared(self.path)
+        self._run_dir = config.run_dir
+        names = (METRICS, COMPLETIONS, CONFIG, TENSORBOARD, WANDB_ID)
+        self._mirror = Mirror(config.run_dir, jax.process_index(), names)
+        self.path = self._mirror.folder
+        if in_bucket(config.run_dir):
+            say(f"writing to {self.path}, copied to {config.run_dir} at every checkpoint")
+        else:
+            _check_shared(self.path)
         _check_begun(self.path, config, command)
         self._checkpoints = Checkpoints(config, command)
         self.first_step = self._checkpoints.latest or 0
@@ -74,12 +95,17 @@ class RunDir:
         self.excluded: dict[str, str] = saved.get("excluded", {})
         self.failures: dict[str, str] = saved.get("failures", {})
         self._plan: dict[str, Any] | None = saved.get("plan")
+        self.stopping = False
+        self._best = config.checkpoint.best
+        self._scores: dict[int, Mapping[str, Any]] = {}  # of the last evaluation, by its step
+        self.owes_evaluation: bool = saved.get("owes_evaluation", not saved and command == "train")
         self._log = MetricsLog(
             self.path,
             self._checkpoints.latest,
             tensorboard=config.log.tensorboard,
             wandb=config.log.wandb,
             config=configs.to_dict(config),
+            owes_evaluation=self.owes_evaluation,
         )
         if jax.process_index() == 0:
             text = f"# jaxgrpo {command}\n{configs.to_yaml(config)}"
@@ -129,13 +155,45 @@ class RunDir:
         _, found, _ = self._checkpoints.restore(shapes._asdict())
         return TrainState(**found)
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Saves what is needed to go on after `step` updates."""
-        data = {"excluded": self.excluded, "failures": self.failures, "plan": self._plan}
-        self._checkpoints.save(step, state._asdict(), data)
+    def save(self, step: int, state: TrainState, *, owes_evaluation: bool = False) -> None:
+        """Saves what is needed to go on after `step` updates.
+
+        Args:
+          owes_evaluation: whether the run that goes on is first to evaluate this step.
+        """
+        data = {
+            "excluded": self.excluded,
+            "failures": self.failures,
+            "plan": self._plan,
+            "owes_evaluation": owes_evaluation,
+        }
+        self._push()
+        self._checkpoints.save(step, state._asdict(), data, self._scores.get(step))
+
+    def stop(self, step: int) -> NoReturn:
+        """Ends a run that was told to, when the checkpoint of `step`, the last, is whole."""
+        self.close()
+        raise preemption.Preempted(
+            f"SIGTERM: saved step {step} in {self._run_dir}; the same command goes on from there"
+        )
+
+    def check_best(self, tasks: Collection[str]) -> None:
+        """Makes sure that an evaluation of questions of these tasks has `checkpoint.best`.
+
+        Raises:
+          ConfigError: it has not.
+        """
+        task, _, _ = (self._best or "").partition("/")
+        if task in TASKS and task not in tasks:
+            raise configs.ConfigError(
+                f"checkpoint.best is {self._best!r}, but the evaluation asks {task} questions "
+                f"nowhere: choose a score of {', '.join(sorted(tasks))}, format or reward/total"
+            )
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
+        if split == "eval":
+            self._scores = {step: metrics}
         self._log.write(step, split, metrics)
 
     def write_completions(
@@ -154,10 +212,15 @@ class RunDir:
         return {name: x for line in found for name, x in line.items() if isinstance(x, float)}
 
     def note_failures(self, failures: Sequence[Failure], records: Sequence[Record]) -> list[str]:
-        """Remembers the videos that failed in this step, on any host; a line for each new one."""
+        """Remembers the videos that failed in this step, on any host; a line for each new one.
+
+        The processes also tell each other of SIGTERM, see `stopping`.
+        """
         mine = [(records[f.item].id, f"{f.kind}: {f.message}") for f in failures]
         new: dict[str, str] = {}
-        for name, reason in (pair for pairs in gather_objects(mine) for pair in pairs):
+        told = gather_objects([preemption.told(), mine])
+        self.stopping |= any(stopping for stopping, _ in told)
+        for name, reason in (pair for _, pairs in told for pair in pairs):
             if name not in self.failures:
                 new[name] = self.failures[name] = reason
         return [f"replaced {name}: {reason}" for name, reason in new.items()]
@@ -167,10 +230,15 @@ class RunDir:
         self.close()
         if jax.process_index() == 0:
             plot_curves(self.path / METRICS, self.path / CURVES)
+            self._push()
 
     def close(self) -> None:
         """Waits for the checkpoint being written and closes the files."""
         self._close(failed=False)
+
+    def _push(self) -> None:
+        if jax.process_index() == 0:
+            self._mirror.push()
 
     def __enter__(self) -> Self:
         return self
@@ -179,8 +247,11 @@ class RunDir:
         self._close(failed=error[0] is not None)
 
     def _close(self, failed: bool) -> None:
-        self._checkpoints.close()
-        self._log.close(failed)
+        try:
+            self._checkpoints.close()
+        finally:
+            self._log.close(failed)
+            self._push()
 
 
 def _check_shared(path: Path) -> None:
@@ -208,11 +279,12 @@ def _check_shared(path: Path) -> None:
 def _check_begun(path: Path, config: Config, command: Command) -> None:
     """Refuses another run where one has written scores but no checkpoint yet.
 
+    `path` is where this process reads the run's files.
     A folder without scores has nothing to lose: a start that failed at once left it.
     """
     metrics, written = path / METRICS, path / CONFIG
     begun = metrics.exists() and metrics.stat().st_size and written.exists()
-    if not begun or read_identity(path) is not None:
+    if not begun or read_identity(config.run_dir) is not None:
         return
     title = written.read_text(encoding="utf-8").partition("\n")[0]
     saved = configs.to_dict(configs.load(written))
@@ -221,7 +293,7 @@ def _check_begun(path: Path, config: Config, command: Command) -> None:
 
 def is_run(path: str | Path) -> bool:
     """Whether a folder is a run directory (and not a model directory)."""
-    return (Path(path) / CHECKPOINTS).is_dir()
+    return (epath.Path(path) / CHECKPOINTS).is_dir()
 
 
 def read_config(run_dir: str | Path) -> Config:

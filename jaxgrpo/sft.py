@@ -11,7 +11,7 @@ import time
 import jax
 
 from data.sampling import StepPlan
-from jaxgrpo import evaluate
+from jaxgrpo import evaluate, preemption
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.feed import Feed
 from jaxgrpo.inputs import (
@@ -51,7 +51,7 @@ def main(config: Config) -> None:
         )
 
     with CompileCounter() as compilations, RunDir(config, "sft") as run:
-        if run.first_step == config.sft.steps:
+        if run.first_step == config.sft.steps and not run.owes_evaluation:
             say(f"{config.run_dir} is finished: it has done its {config.sft.steps} steps")
             say(evaluate.table({f"step {config.sft.steps}": run.scores(step=config.sft.steps)}))
             run.finish()
@@ -70,8 +70,9 @@ def main(config: Config) -> None:
             replicate_kv=config.mesh.replicate_kv,
         )
         inputs = prepare(config, processor, train=True, evaluation=True, excluded=run.excluded)
-        assert inputs.train is not None
+        assert inputs.train is not None and inputs.evaluation is not None
         say(describe(inputs))
+        run.check_best({record.task for record in inputs.evaluation.records})
         run.keep_to(
             inputs.train.plan,
             weight_steps(config.model.path) if config.model.freeze_vision else [],
@@ -107,6 +108,14 @@ def main(config: Config) -> None:
         }
         eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, publish.out_info)
 
+        # ---- an evaluation that SIGTERM cut short ----
+        if run.owes_evaluation:
+            sampler = to_sampler(state.params, frozen)
+            evaluate.run_evaluation(
+                run.first_step, config, mesh, eval_programs, sampler, inputs, run
+            )
+            del sampler
+
         # ---- the loop ----
         loader = Feed(
             mesh,
@@ -119,6 +128,7 @@ def main(config: Config) -> None:
             num_steps=config.sft.steps - run.first_step,
         )
         progress = Progress("SFT", config.sft.steps, run.first_step)
+        preemption.defer()
         with loader:
             for batch in loader:
                 done, begun = batch.step + 1, time.perf_counter()
@@ -140,15 +150,20 @@ def main(config: Config) -> None:
                 progress.update(metrics)
                 records = [inputs.train.records[item] for item in batch.items]
                 stop_if_not_finite(int(metrics["skipped_in_a_row"]), batch.step, records, config)
-                if last or (config.eval.every and done % config.eval.every == 0):
+                due = last or bool(config.eval.every and done % config.eval.every == 0)
+                if due and not run.stopping:
                     sampler = to_sampler(state.params, frozen)
                     scores = evaluate.run_evaluation(
                         done, config, mesh, eval_programs, sampler, inputs, run
                     )
                     del sampler
-                    progress.print(evaluate.table({f"step {done}": scores}))
-                if last or done % config.checkpoint.every == 0:
-                    run.save(done, state)
+                    due = scores is None
+                    if scores is not None:
+                        progress.print(evaluate.table({f"step {done}": scores}))
+                if last or run.stopping or done % config.checkpoint.every == 0:
+                    run.save(done, state, owes_evaluation=due)
+                if run.stopping:
+                    run.stop(done)
         progress.close()
         run.finish()
     say(closing_words(config))

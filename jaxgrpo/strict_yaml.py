@@ -119,7 +119,7 @@ def _section(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
 def _value(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
     """`value` as the type `hint`, or None and a line in `problems`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:  # T | None
+    if origin in (types.UnionType, typing.Union):  # T | None; the second if T is a Literal
         return None if value is None else _value(arguments[0], value, key, problems)
     if dataclasses.is_dataclass(hint):
         return _section(typing.cast(type, hint), value, f"{key}.", problems)

@@ -14,7 +14,7 @@ import numpy as np
 
 from data.records import Record
 from data.sampling import StepPlan
-from jaxgrpo import evaluate
+from jaxgrpo import evaluate, preemption
 from jaxgrpo.config import Config, RolloutSection
 from jaxgrpo.feed import Feed
 from jaxgrpo.inputs import PromptCollator, PromptLoader, describe, prepare
@@ -57,7 +57,7 @@ def main(config: Config) -> None:
         say(note)
 
     with CompileCounter() as compilations, RunDir(config, "train") as run:
-        if run.first_step == config.train.steps:
+        if run.first_step == config.train.steps and not run.owes_evaluation:
             say(f"{config.run_dir} is finished: it has done its {config.train.steps} steps")
             say(scores_table(run, config.train.steps))
             run.finish()
@@ -76,8 +76,9 @@ def main(config: Config) -> None:
             replicate_kv=config.mesh.replicate_kv,
         )
         inputs = prepare(config, processor, train=True, evaluation=True, excluded=run.excluded)
-        assert inputs.train is not None
+        assert inputs.train is not None and inputs.evaluation is not None
         say(describe(inputs))
+        run.check_best({record.task for record in inputs.evaluation.records})
         needs_base = bool(config.grpo.kl) or config.model.freeze_vision  # when it is resumed too
         run.keep_to(
             inputs.train.plan,
@@ -138,8 +139,10 @@ def main(config: Config) -> None:
 
         # ---- evaluation before the first step ----
         sampler = to_sampler(state.params, frozen)
-        if run.first_step == 0:
-            evaluate.run_evaluation(0, config, mesh, eval_programs, sampler, inputs, run)
+        if run.owes_evaluation:
+            evaluate.run_evaluation(
+                run.first_step, config, mesh, eval_programs, sampler, inputs, run
+            )
 
         # ---- data: the step plan, loaded ahead ----
         loader = Feed(
@@ -155,6 +158,7 @@ def main(config: Config) -> None:
         rows = loader.rows  # of each batch, those of this process
         progress = Progress("GRPO", config.train.steps, run.first_step)
         seed = put_scalar(mesh, config.seed)
+        preemption.defer()
         with loader:
             batch = next(loader, None)
             on_device: Any = put_prompts(mesh, batch.prompts) if batch else None
@@ -230,12 +234,18 @@ def main(config: Config) -> None:
                 progress.update(metrics)
                 stop_if_not_finite(int(updated["skipped_in_a_row"]), step, records, config)
 
-                # ---- evaluation, checkpoint ----
-                done = step + 1
-                if following is None or (config.eval.every and done % config.eval.every == 0):
-                    evaluate.run_evaluation(done, config, mesh, eval_programs, sampler, inputs, run)
-                if following is None or done % config.checkpoint.every == 0:
-                    run.save(done, state)
+                # ---- evaluation, checkpoint; the end if SIGTERM came ----
+                done, last = step + 1, following is None
+                due = last or bool(config.eval.every and done % config.eval.every == 0)
+                if due and not run.stopping:
+                    evaluated = evaluate.run_evaluation(
+                        done, config, mesh, eval_programs, sampler, inputs, run
+                    )
+                    due = evaluated is None
+                if last or run.stopping or done % config.checkpoint.every == 0:
+                    run.save(done, state, owes_evaluation=due)
+                if run.stopping:
+                    run.stop(done)
                 batch = following
         progress.close()
         say(scores_table(run, config.train.steps))

@@ -19,12 +19,20 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxgrpo.checkpoint import CHECKPOINTS, Checkpoints, abstract, read_identity, read_part
+from jaxgrpo.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    abstract,
+    latest_step,
+    read_identity,
+    read_part,
+)
 from jaxgrpo.config import (
     CheckpointSection,
     Config,
     ConfigError,
     DataSection,
+    EvalSection,
     ModelSection,
     TrainSection,
     to_dict,
@@ -278,3 +286,128 @@ def test_two_processes_save_and_restore_together(tmp_path: Path) -> None:
     with Checkpoints(config(tmp_path), "train") as checkpoints:
         _, after, _ = checkpoints.restore(abstract(state((1, 4, 2))))
     assert bits(after) == bits(state((1, 4, 2), 4))
+
+
+# ---- damage ----
+
+
+def files_of(step: Path) -> list[Path]:
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def latest(run_dir: Path) -> int | None:
+    with Checkpoints(config(run_dir), "train") as checkpoints:
+        return checkpoints.latest
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A run with checkpoints of steps 1 and 2."""
+    save_steps(tmp_path / "run", 1, 2)
+    return tmp_path / "run"
+
+
+def test_one_flipped_bit_in_any_file_of_a_checkpoint_is_noticed(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = saved / CHECKPOINTS / "2"
+    files = [path for path in files_of(step) if path.stat().st_size]
+    assert {"manifest", "_CHECKPOINT_METADATA"} <= {path.name for path in files}
+    assert len(files) > 8
+    for path in files:
+        flip(path)
+        assert latest_step(saved) == 1, path
+        told = capsys.readouterr().out
+        assert f"{step} is damaged and passed over: {path.relative_to(step)}: " in told
+        flip(path)
+        assert latest_step(saved) == 2
+        assert capsys.readouterr().out == ""
+
+
+def test_a_missing_and_a_shortened_file_are_noticed(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = saved / CHECKPOINTS / "2"
+    path = max(files_of(step / "state"), key=lambda path: path.stat().st_size)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    assert latest_step(saved) == 1
+    assert f"{len(data) - 1} bytes, {len(data)} when it was written" in capsys.readouterr().out
+    path.unlink()
+    assert latest_step(saved) == 1
+    assert f"{path.relative_to(step)}: missing" in capsys.readouterr().out
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(saved: Path) -> None:
+    flip(saved / CHECKPOINTS / "2" / "config" / "metadata")
+    part = read_part(saved, {"params": abstract(state((2, 2, 2)))["params"]})
+    assert bits(part) == bits({"params": state((2, 2, 2), 1)["params"]})
+    identity = read_identity(saved)
+    assert identity is not None and identity["command"] == "train"
+    with Checkpoints(config(saved), "train") as checkpoints:
+        step, after, data = checkpoints.restore(abstract(state((8, 1, 1))))
+        assert (step, data, bits(after)) == (1, {"next": 1}, bits(state((8, 1, 1), 1)))
+        checkpoints.save(2, state((8, 1, 1), 2), {"next": 2})  # in its place
+    assert latest(saved) == 2
+    assert files_of(saved / "damaged-2")
+
+
+@pytest.mark.parametrize("name", ["config/metadata", "state/manifest.ocdbt", "manifest"])
+def test_damaged_checkpoints_only_are_never_a_fresh_start(saved: Path, name: str) -> None:
+    for step in ("1", "2"):
+        flip(saved / CHECKPOINTS / step / name)
+    for read in (latest, latest_step, lambda path: read_part(path, {})):
+        with pytest.raises(ConfigError, match="holds damaged checkpoints only") as refusal:
+            read(saved)
+        assert f"step 1: {name}: " in str(refusal.value)
+        assert f"step 2: {name}: " in str(refusal.value)
+    assert found(saved) == ["1", "2"]
+
+
+def test_a_checkpoint_killed_before_its_manifest_is_used_and_that_is_said(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (saved / CHECKPOINTS / "2" / "manifest").unlink()
+    assert latest(saved) == 2
+    assert "2 has no manifest (killed as it was saved?): used unverified" in capsys.readouterr().out
+
+
+def test_a_large_checkpoint_has_its_sizes_checked_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = CheckpointSection(hash_gib=1e-6)  # a thousand bytes
+    large = dataclasses.replace(config(tmp_path), checkpoint=section)
+    with Checkpoints(large, "train") as checkpoints:
+        checkpoints.save(1, state((8, 1, 1)), {})
+    assert "is above checkpoint.hash_gib=1e-06" in capsys.readouterr().out
+    assert latest_step(tmp_path) == 1
+    assert "sizes checked, no hashes taken" in capsys.readouterr().out
+    path = max(files_of(tmp_path / CHECKPOINTS / "1"), key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(ConfigError, match=f"{path.name}: .* bytes"):
+        latest_step(tmp_path)
+
+
+# ---- the best ----
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    section = CheckpointSection(keep=1, best="tvg/mIoU")
+    best = dataclasses.replace(config(tmp_path), checkpoint=section, eval=EvalSection(every=50))
+    scores = {1: 0.2, 2: 0.5, 3: float("nan"), 4: 0.4, 5: None}
+    for step, score in scores.items():  # each in a process of its own, as far as it knows
+        with Checkpoints(best, "train") as checkpoints:
+            known = None if score is None else {"tvg/mIoU": score, "format": 1.0 - step / 10}
+            checkpoints.save(step, state((8, 1, 1), step), {}, known)
+    assert found(tmp_path) == ["2", "5"]
+    with Checkpoints(best, "train") as checkpoints:
+        checkpoints.save(6, state((8, 1, 1), 6), {}, {"tvg/mIoU": 0.6})
+        checkpoints.save(7, state((8, 1, 1), 7), {}, {"tvg/mIoU": 0.1})
+    assert found(tmp_path) == ["6", "7"]

@@ -57,6 +57,12 @@ def test_the_defaults_are_those_of_the_papers_script() -> None:
         ("data.train=''", "no data: set data.train"),
         ("mesh.data=0", "mesh.data is 0, expected -1 (the rest)"),
         ("checkpoint.keep=0", "checkpoint.keep is 0"),
+        (
+            "checkpoint.best=tvg/miou",
+            "checkpoint.best is the text 'tvg/miou', expected tvg/mIoU or tvg/R1@0.3",
+        ),
+        ("checkpoint={best: format, every: 40}", "eval.every is 50, expected a multiple of"),
+        ("checkpoint.hash_gib=-1", "checkpoint.hash_gib is -1.0, expected 0 or more"),
         ("eval.max_new_tokens=0", "eval.max_new_tokens is 0"),
         ("seed=-1", "seed is -1"),
         ("model.path=''", "model.path is '', expected a model directory or a hub id"),

@@ -7,7 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import pytest
 
 from data.records import Record, read_manifest, write_manifest
 from jaxgrpo import evaluate
-from jaxgrpo.config import MeshSection
+from jaxgrpo.config import MeshSection, Score
 from jaxgrpo.evaluate import EvalPrograms, Prediction, best_constant_span, summarise
 from jaxgrpo.inputs import Inputs, prepare
 from jaxgrpo.load import open_processor
@@ -77,6 +77,7 @@ def test_the_scores_of_three_tasks_by_hand() -> None:
     assert scores["completion/length"] == pytest.approx(39 / 8)
     totals = [1.0, 0.5, 0.0, 0.75, 0.65, 1.25, 1.2, 0.45]
     assert scores["reward/total"] == pytest.approx(sum(totals) / 8)
+    assert set(get_args(Score)) <= scores.keys()  # what checkpoint.best may name
 
 
 def test_a_task_without_items_has_no_scores() -> None:

@@ -270,6 +270,20 @@ def test_two_processes_of_which_0_is_killed_go_on_when_restarted_and_equal_one(
     assert [a == b for a, b in zip(counted[::2], counted[1::2], strict=True)] == [True] * 3
 
 
+def test_two_processes_of_which_one_gets_sigterm_stop_at_the_same_step(
+    place: Workplace, reference: Path
+) -> None:
+    """It is told in the middle of a step; both save that step, and go on from it."""
+    run_dir = place.folder / "two_told"
+    short = [*overrides(place), "mesh.data=1", "mesh.fsdp=2", "eval.every=0", "eval.limit=4"]
+    for job in tiny_run.start_processes(place, 2, run_dir, *short, term=(1, "update:2")):
+        ended = tiny_run.wait(job)
+        assert ended.code == tiny_run.PREEMPTED, ended.out
+        assert "SIGTERM: saved step" in ended.out
+    tiny_run.run_processes(place, 2, run_dir, *short)
+    assert_equals_one_process(run_dir, reference)
+
+
 def test_four_processes_lose_one_and_two_go_on_with_their_run(
     place: Workplace, reference: Path
 ) -> None:

@@ -208,3 +208,20 @@ def test_a_folder_that_hosts_share_is_left_as_it_was(
     as_process(0, monkeypatch, lambda mine: [mine, mine])
     run_dir._check_shared(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- the best checkpoint ----
+
+
+def test_the_best_score_must_be_one_that_the_evaluation_has(
+    place: Workplace, tmp_path: Path
+) -> None:
+    best = ("checkpoint.best=tvg/mIoU", "eval.every=4")
+    with RunDir(config_of(place, tmp_path / "run", *best), "train") as run:
+        run.check_best({"tvg", "mcqa"})
+        with pytest.raises(ConfigError, match="asks tvg questions nowhere: .* mcqa, format or"):
+            run.check_best({"mcqa"})
+        for step, score in ((4, 0.5), (8, 0.1), (12, 0.2), (16, 0.3)):
+            run.write(step, "eval", {"tvg/mIoU": score})
+            run.save(step, state(step))
+    assert {path.name for path in (run.path / "checkpoints").iterdir()} == {"4", "12", "16"}

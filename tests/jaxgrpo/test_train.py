@@ -189,6 +189,27 @@ def test_a_run_killed_at_a_random_time_ends_as_one_never_killed(
     assert_equals_reference(run_dir, reference)
 
 
+def test_a_preempted_run_saves_its_step_and_goes_on(place: Workplace, reference: Path) -> None:
+    """SIGTERM before the first step, between two, and in the middle of the last evaluation."""
+    run_dir = place.folder / "preempted"
+    overrides = [*tiny_run.started(place), *tiny_run.mixed(place)]
+    ended = tiny_run.run(place, "train", run_dir, *overrides, term="evaluation:1")
+    assert "SIGTERM before the first step" in ended.out
+    assert not any((run_dir / "checkpoints").iterdir())
+
+    # Step 3 is the next, and its evaluation is left to the process that goes on.
+    ended = tiny_run.run(place, "train", run_dir, *overrides, term="update:2")
+    assert f"SIGTERM: saved step 3 in {run_dir}; the same command goes on" in ended.out
+    assert "Traceback" not in ended.out
+    written = [(line["step"], line["split"]) for line in tiny_run.lines(run_dir)]
+    assert written == [(0, "eval"), (1, "train"), (2, "train"), (3, "train")]
+
+    ended = tiny_run.run(place, "train", run_dir, *overrides, term="evaluation:2")
+    assert "SIGTERM: saved step 6" in ended.out and tiny_run.lines(run_dir, "eval")[-1]["step"] == 3
+    tiny_run.run(place, "train", run_dir, *overrides)
+    assert_equals_reference(run_dir, reference)
+
+
 def test_a_finished_run_goes_on_to_a_later_end(place: Workplace, reference: Path) -> None:
     run_dir = place.folder / "longer"
     shutil.copytree(reference, run_dir)

@@ -3,7 +3,7 @@
     python -m tests.jaxgrpo.tiny_run --kill checkpoint:4 train tiny.yaml run_dir=...
 
 is `python -m jaxgrpo.cli train tiny.yaml run_dir=...` that is killed with SIGKILL at a chosen
-point, and that writes down with `--counts FILE` what was compiled.
+point (`--term`: gets SIGTERM there), and that writes down with `--counts FILE` what was compiled.
 
 What is expensive is made once per test session, by whichever pytest-xdist worker needs it first.
 """
@@ -37,6 +37,7 @@ TINY = ROOT / "models" / "tiny"
 CUT = "cut.mp4"  # its second half did not arrive
 NOTES = "notes.mp4"  # a text file
 STEPS = 6  # of the runs that are compared
+PREEMPTED = 75  # the exit code after SIGTERM
 _PATIENCE = 540  # seconds that a process may take; a busy machine is slow
 
 # The weights of models/tiny are not used, so that these tests do not change with them.
@@ -258,6 +259,7 @@ def run(
     *overrides: str,
     devices: int = 1,
     kill: str = "",
+    term: str = "",
     counts: Path | None = None,
     code: int | None = None,
 ) -> Finished:
@@ -265,17 +267,18 @@ def run(
 
     Args:
       kill: a point to be killed at, see `arm`.
+      term: a point to get SIGTERM at.
       counts: where to write how often each program was compiled.
-      code: the exit code expected; by default that of success, or of SIGKILL with `kill`.
+      code: the exit code expected; by default that of success, of SIGKILL, or of preemption.
     """
     arguments = [command, str(place.config), f"run_dir={run_dir}", *overrides]
     module = "jaxgrpo.cli"
-    if kill or counts:
+    if kill or term or counts:
         module = "tests.jaxgrpo.tiny_run"
-        arguments = [f"--kill={kill}", f"--counts={counts or ''}", *arguments]
+        arguments = [f"--kill={kill}", f"--term={term}", f"--counts={counts or ''}", *arguments]
     finished = wait(start(place, *arguments, devices=devices, module=module))
-    expected = (-signal.SIGKILL if kill else 0) if code is None else code
-    assert finished.code == expected, finished.out
+    usual = -signal.SIGKILL if kill else PREEMPTED if term else 0
+    assert finished.code == (usual if code is None else code), finished.out
     return finished
 
 
@@ -295,6 +298,7 @@ def start_processes(
     command: str = "train",
     devices: int = 1,
     kill: tuple[int, str] = (-1, ""),
+    term: tuple[int, str] = (-1, ""),
     options: Callable[[int], Sequence[str]] = lambda index: (),
 ) -> list[subprocess.Popen[str]]:
     """Starts `jaxgrpo COMMAND` in `count` processes that work as one job.
@@ -304,7 +308,7 @@ def start_processes(
 
     Args:
       devices: of each process.
-      kill: a process and a point at which it is to be killed, see `arm`.
+      kill, term: a process and a point at which it gets SIGKILL or SIGTERM, see `arm`.
       options: of this module, by process.
     """
     port = free_port()
@@ -312,6 +316,7 @@ def start_processes(
         start(
             place,
             f"--kill={kill[1] if index == kill[0] else ''}",
+            f"--term={term[1] if index == term[0] else ''}",
             f"--late={index / 2}",
             *options(index),
             *(command, str(place.config), f"run_dir={run_dir}", *overrides),
@@ -376,8 +381,8 @@ def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarra
 # ---- the killed process ----
 
 
-def arm(point: str) -> None:
-    """Makes this process kill itself with SIGKILL at a point of its run.
+def arm(point: str, number: signal.Signals) -> None:
+    """Makes this process send itself a signal at a point of its run.
 
     Points: "update:N", N updates were done and the last is not yet written down; "line:N", the
     N-th line of metrics.jsonl is half written; "checkpoint:N", the one of step N is being written
@@ -386,8 +391,13 @@ def arm(point: str) -> None:
     from jaxgrpo import evaluate
     from jaxgrpo.run_dir import RunDir
 
-    name, _, number = point.partition(":")
-    count = int(number)
+    name, _, ordinal = point.partition(":")
+    count = int(ordinal)
+
+    def die() -> None:
+        """By SIGKILL no exit handler runs and no buffer is written."""
+        os.kill(os.getpid(), number)
+
     write, save, summarise = RunDir.write, RunDir.save, evaluate.summarise
     evaluations = collections.Counter[str]()
 
@@ -401,8 +411,8 @@ def arm(point: str) -> None:
                 file.truncate(file.seek(0, os.SEEK_END) - 40)
             die()
 
-    def killing_save(self: RunDir, step: int, state: Any) -> None:
-        save(self, step, state)
+    def killing_save(self: RunDir, step: int, state: Any, **options: bool) -> None:
+        save(self, step, state, **options)
         if name == "checkpoint" and step == count:
             die()
 
@@ -457,15 +467,11 @@ def see_whole() -> None:
     inputs.decode = seeing_decode
 
 
-def die() -> None:
-    """As `kill -9` does: no exit handler runs, no buffer is written."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def main() -> int:
     """See the top of the module."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--kill", default="")
+    parser.add_argument("--term", default="")
     parser.add_argument("--counts", default="")
     parser.add_argument("--late", type=float, default=0.0)
     parser.add_argument("--torus", action="store_true")
@@ -477,7 +483,9 @@ def main() -> int:
 
     processes.HEARTBEAT_TIMEOUT = 20  # a test should not take minutes; a busy machine is slow
     if options.kill:
-        arm(options.kill)
+        arm(options.kill, signal.SIGKILL)
+    if options.term:
+        arm(options.term, signal.SIGTERM)
     if options.late:
         be_late(options.late)
     if options.torus:

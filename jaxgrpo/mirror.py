@@ -1,0 +1,71 @@
+"""The text files of a run whose run_dir is in a bucket, where nothing can be appended to.
+
+They are written to a folder of this machine and copied to the bucket at every save, before the
+checkpoint, so that a checkpoint never lacks the lines before it. A start fetches them, on whatever
+machine it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from etils import epath
+
+
+def in_bucket(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL, such as gs://bucket/runs/1."""
+    return "://" in os.fspath(path)
+
+
+class Mirror:
+    """A run's files here and, if that is elsewhere, in `run_dir`.
+
+    Attributes:
+      folder: where the files are read and written: `run_dir` itself, if it is on this machine.
+    """
+
+    def __init__(self, run_dir: str, process: int, names: tuple[str, ...]):
+        """Fetches the files of a run in a bucket.
+
+        Args:
+          process: the number of this process; each has its own copy, and the first one's is kept.
+          names: the files, and the folders of files, to fetch; all that is in `folder` is copied.
+        """
+        self.folder = Path(run_dir)
+        self._remote = epath.Path(run_dir) if in_bucket(run_dir) else None
+        self._copied: dict[str, tuple[int, int]] = {}
+        if self._remote is None:
+            return
+        name = hashlib.sha256(run_dir.encode()).hexdigest()[:16]
+        self.folder = Path(tempfile.gettempdir()) / f"jaxgrpo-{name}" / str(process)
+        shutil.rmtree(self.folder, ignore_errors=True)  # an earlier start's: the bucket has all
+        self.folder.mkdir(parents=True)
+        for name in names:
+            self._fetch(self._remote / name, self.folder / name)
+
+    def push(self) -> None:
+        """Copies what has changed since the last time; nothing where `run_dir` is on this machine.
+
+        One process calls it.
+        """
+        if self._remote is None:
+            return
+        for path in sorted(self.folder.rglob("*")):
+            name, stat = path.relative_to(self.folder).as_posix(), path.stat()
+            known = (stat.st_size, stat.st_mtime_ns)
+            if path.is_file() and self._copied.get(name) != known:
+                (self._remote / name).parent.mkdir(parents=True, exist_ok=True)
+                (self._remote / name).write_bytes(path.read_bytes())
+                self._copied[name] = known
+
+    def _fetch(self, source: epath.Path, target: Path) -> None:
+        if source.is_dir():
+            target.mkdir()
+            for path in source.iterdir():
+                self._fetch(path, target / path.name)
+        elif source.exists():
+            target.write_bytes(source.read_bytes())
