@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import collections
 import json
-import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import jax
@@ -167,26 +165,6 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
     assert "notes: " in last.out
     row = next(x for x in last.out.splitlines() if x.startswith("tvg/mIoU "))
     assert row.split()[1] == f"{tiny_run.lines(reference, 'eval')[0]['tvg/mIoU']:.3f}"
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_killed_at_a_random_time_ends_as_one_never_killed(
-    place: Workplace, reference: Path, seed: int
-) -> None:
-    timed = [line for line in tiny_run.lines(reference)]
-    seconds = sum(line.get("time/step", 0) + line.get("time/eval", 0) for line in timed)
-    run_dir = place.folder / f"killed_{seed}"
-    overrides = [*tiny_run.started(place), *tiny_run.mixed(place)]
-    arguments = ["train", str(place.config), f"run_dir={run_dir}", *overrides]
-    process = tiny_run.start(place, *arguments)
-    while not (run_dir / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.Random(seed).uniform(0, seconds))
-    process.send_signal(signal.SIGKILL)
-    killed = tiny_run.wait(process)
-    assert killed.code in (-signal.SIGKILL, 0), killed.out  # 0: it was faster than the reference
-    tiny_run.run(place, "train", run_dir, *overrides)
-    assert_equals_reference(run_dir, reference)
 
 
 def test_a_preempted_run_saves_its_step_and_goes_on(place: Workplace, reference: Path) -> None:
