@@ -105,7 +105,13 @@ def named_processes(environment: Mapping[str, str]) -> dict[str, Any]:
             f"JAX_COORDINATOR_ADDRESS={address} JAX_NUM_PROCESSES={count} JAX_PROCESS_ID={index}: "
             "expected HOST:PORT of process 0, and an id from 0 to one less than the number"
         )
-    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+    return {
+        "coordinator_address": address,
+        "num_processes": count,
+        "process_id": index,
+        # Under srun jax would give this process one GPU of its host; it is to have all that it sees.
+        "cluster_detection_method": "deactivate",
+    }
 
 
 @contextlib.contextmanager

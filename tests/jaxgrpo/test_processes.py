@@ -85,7 +85,12 @@ def test_jax_is_asked_for_other_processes_where_the_environment_shows_some(
         (SLURM, {}),
         (
             {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"},
-            {"coordinator_address": "a:1", "num_processes": 3, "process_id": 2},
+            {
+                "coordinator_address": "a:1",
+                "num_processes": 3,
+                "process_id": 2,
+                "cluster_detection_method": "deactivate",
+            },
         ),
         (SLURM | {"JAX_COORDINATOR_ADDRESS": "a:1"}, {}),  # which jax takes instead of its own
     ],
