@@ -10,20 +10,23 @@ of the upright picture, as a player shows it.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Protocol
 
 import cv2
 import numpy as np
 
 from data.records import Record, write_atomically
+from data.storage import Identity
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +35,9 @@ _log = logging.getLogger(__name__)
 _MOST_FRAMES: Final = 10_000_000
 _HIGHEST_FPS: Final = 1000.0
 
-# Raised when probing finds something else in the same file, so that old caches are not believed.
-_CACHE_VERSION: Final = 1
+# Raised when probing finds something else in the same file, or the cache has other fields, so that
+# old caches are not believed.
+_CACHE_VERSION: Final = 2
 
 
 class VideoError(ValueError):
@@ -42,6 +46,7 @@ class VideoError(ValueError):
     Attributes:
       kind: what is wrong, in one word, for counting:
         missing       no such file, or a folder, or not readable
+        unreachable   a bucket did not give it, after several attempts
         empty         zero bytes
         unreadable    OpenCV finds no video in it: text, audio only, an unknown container
         frame_count   a count of frames that no video has (a picture renamed to .mp4)
@@ -76,7 +81,37 @@ class Probe:
     duration: float
 
 
-def open_video(path: str | os.PathLike[str]) -> tuple[cv2.VideoCapture, int, float]:
+class Encoded(NamedTuple):
+    """A video file in memory, and where it is from, for messages."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+VideoFile = str | os.PathLike[str] | Encoded
+
+
+class Clips(Protocol):
+    """The videos that a manifest names, wherever they are. It is pickled into worker processes."""
+
+    def name(self, video: str) -> str:
+        """What messages call it: its path or address."""
+
+    def identities(self, videos: Iterable[str], threads: int) -> dict[str, Identity]:
+        """What changes when a file does, for those that exist."""
+
+    def fetch(self, video: str) -> VideoFile:
+        """What `open_video` opens; a `VideoError` where it cannot be had."""
+
+    def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
+        """Per record id what its video claims, or what is wrong with it (never raised)."""
+
+
+@contextmanager
+def open_video(video: VideoFile) -> Iterator[tuple[cv2.VideoCapture, int, float]]:
     """An open capture before its first frame, with the claimed frame count and frame rate.
 
     One decoding thread each: videos are decoded in parallel, frames are not.
@@ -84,7 +119,38 @@ def open_video(path: str | os.PathLike[str]) -> tuple[cv2.VideoCapture, int, flo
     Raises:
       VideoError: missing, empty, unreadable, frame_count, frame_rate.
     """
-    file = Path(path)
+    options = [cv2.CAP_PROP_N_THREADS, 1]
+    if isinstance(video, Encoded):
+        if not video.data:
+            raise VideoError("empty", f"{video}: expected a video, found 0 bytes")
+        # The capture reads from the stream, but does not keep it alive: this frame does.
+        stream = io.BytesIO(video.data)
+        capture = cv2.VideoCapture(stream, cv2.CAP_FFMPEG, options)  # type: ignore[call-overload]
+    else:
+        check_file(Path(video))
+        # An absolute path: FFmpeg would read "name:rest" as a protocol.
+        capture = cv2.VideoCapture(os.path.abspath(video), cv2.CAP_FFMPEG, options)
+    try:
+        if not capture.isOpened():
+            raise VideoError("unreadable", f"{video}: OpenCV finds no video stream in it")
+        count, fps = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
+        if not 0 < count <= _MOST_FRAMES:
+            raise VideoError(
+                "frame_count",
+                f"{video}: expected a count of frames, found {count:g}; is it a picture or a "
+                "stream without an index? Re-encode it to mp4",
+            )
+        if not (math.isfinite(fps) and 0 < fps <= _HIGHEST_FPS):
+            raise VideoError(
+                "frame_rate", f"{video}: expected 0 to {_HIGHEST_FPS:g} frames/s, found {fps:g}"
+            )
+        yield capture, int(count), fps
+    finally:
+        capture.release()
+
+
+def check_file(file: Path) -> None:
+    """Raises a `VideoError` (missing, empty) for what is not a file with something in it."""
     try:
         size = file.stat().st_size
     except OSError as error:
@@ -95,44 +161,22 @@ def open_video(path: str | os.PathLike[str]) -> tuple[cv2.VideoCapture, int, flo
         raise VideoError("missing", f"{file}: no permission to read the file")
     if size == 0:
         raise VideoError("empty", f"{file}: expected a video, found 0 bytes")
-    # An absolute path: FFmpeg would read "name:rest" as a protocol.
-    capture = cv2.VideoCapture(os.path.abspath(file), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    try:
-        if not capture.isOpened():
-            raise VideoError("unreadable", f"{file}: OpenCV finds no video stream in it")
-        count, fps = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
-        if not 0 < count <= _MOST_FRAMES:
-            raise VideoError(
-                "frame_count",
-                f"{file}: expected a count of frames, found {count:g}; is it a picture or a "
-                "stream without an index? Re-encode it to mp4",
-            )
-        if not (math.isfinite(fps) and 0 < fps <= _HIGHEST_FPS):
-            raise VideoError(
-                "frame_rate", f"{file}: expected 0 to {_HIGHEST_FPS:g} frames/s, found {fps:g}"
-            )
-    except BaseException:
-        capture.release()
-        raise
-    return capture, int(count), fps
 
 
-def probe(path: str | os.PathLike[str]) -> Probe:
+def probe(video: VideoFile) -> Probe:
     """Reads a file's metadata and decodes its first frame.
 
     Raises:
       VideoError: missing, empty, unreadable, frame_count, frame_rate, first_frame.
     """
-    capture, frames, fps = open_video(path)
-    try:
-        ok, first = capture.read()
-    except cv2.error as error:
-        raise VideoError("first_frame", f"{path}: cannot decode a frame: {error}") from error
-    finally:
-        capture.release()
+    with open_video(video) as (capture, frames, fps):
+        try:
+            ok, first = capture.read()
+        except cv2.error as error:
+            raise VideoError("first_frame", f"{video}: cannot decode a frame: {error}") from error
     if not ok or first is None or first.ndim != 3 or first.size == 0:
         raise VideoError(
-            "first_frame", f"{path}: claims {frames} frames, but the first cannot be decoded"
+            "first_frame", f"{video}: claims {frames} frames, but the first cannot be decoded"
         )
     height, width = np.shape(first)[:2]
     return Probe(frames, fps, width, height, frames / fps)
@@ -140,7 +184,7 @@ def probe(path: str | os.PathLike[str]) -> Probe:
 
 def probe_all(
     records: Iterable[Record],
-    root: str | os.PathLike[str],
+    clips: Clips,
     threads: int,
     cache_path: str | os.PathLike[str] | None,
 ) -> dict[str, Probe | VideoError]:
@@ -148,45 +192,40 @@ def probe_all(
 
     Args:
       records: with unique ids; several may share a video.
-      root: the folder that their videos are relative to.
+      clips: where their videos are.
       threads: files looked at at once, at least 1.
-      cache_path: a JSON file, read and rewritten; a file whose size and modification time have not
-        changed is not opened again. What it holds about other files is kept. None keeps nothing.
-        Where it cannot be written (a read-only data root) a warning says so.
+      cache_path: a JSON file, read and rewritten; a file whose identity has not changed is not
+        opened again. What it holds about other files is kept. None keeps nothing. Where it cannot
+        be written (a read-only data root) a warning says so.
 
     Returns:
       Per record id what the file claims, or what is wrong with it (never raised).
     """
     records = list(records)
     videos = sorted({record.video for record in records})
+    identities = clips.identities(videos, threads)
     cache = {} if cache_path is None else _read_cache(Path(cache_path))
 
     def look(video: str) -> tuple[dict[str, Any] | None, Probe | VideoError]:
         """The cache entry (None where there is no file) and the finding."""
-        path = Path(root, video)
-        try:
-            stat = path.stat()
-        except OSError:
-            stat = None
+        name = clips.name(video)
+        identity = identities.get(video)
         entry = cache.get(video)
-        if (
-            stat
-            and entry
-            and (entry["size"], entry["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
-        ):
-            return entry, _finding(entry, path)
+        if identity and entry and (entry["size"], entry["version"]) == identity:
+            return entry, finding(entry, name)
         found: dict[str, Any]
         result: Probe | VideoError
         try:
-            result = probe(path)
+            result = probe(clips.fetch(video))
             found = {"probe": dataclasses.asdict(result)}
         except VideoError as error:
             result = error
-            message = error.message.removeprefix(f"{path}: ")
+            message = error.message.removeprefix(f"{name}: ")
             found = {"error": {"kind": error.kind, "message": message}}
-        if stat is None or (isinstance(result, VideoError) and result.kind == "missing"):
+        passing = isinstance(result, VideoError) and result.kind in ("missing", "unreachable")
+        if identity is None or passing:
             return None, result
-        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, **found}, result
+        return {**identity._asdict(), **found}, result
 
     with ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="probe") as pool:
         looked = dict(zip(videos, pool.map(look, videos), strict=True))
@@ -198,10 +237,11 @@ def probe_all(
     return {record.id: looked[record.video][1] for record in records}
 
 
-def _finding(entry: dict[str, Any], path: Path) -> Probe | VideoError:
+def finding(entry: dict[str, Any], name: str) -> Probe | VideoError:
+    """What a cache entry says about the video of that name."""
     if "probe" in entry:
         return Probe(**entry["probe"])
-    return VideoError(entry["error"]["kind"], f"{path}: {entry['error']['message']}")
+    return VideoError(entry["error"]["kind"], f"{name}: {entry['error']['message']}")
 
 
 def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
@@ -212,8 +252,8 @@ def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"version {content['version']}, expected {_CACHE_VERSION}")
         files: dict[str, dict[str, Any]] = content["files"]
         for video, entry in files.items():
-            _finding(entry, Path(video))
-            int(entry["size"]), int(entry["mtime_ns"])
+            finding(entry, video)
+            int(entry["size"]), str(entry["version"])
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

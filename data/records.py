@@ -26,6 +26,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.storage import is_url, read
+
 Span = tuple[float, float]  # start and end, seconds
 
 TASKS: Final = ("mcqa", "tvg", "gqa")
@@ -81,27 +83,37 @@ def read_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) ->
     """Reads a JSONL manifest; blank lines are skipped. Videos are not opened: see `data.probe`.
 
     Args:
-      path: the manifest.
+      path: the manifest, a file or the address of one in a bucket.
       root: the folder that videos are relative to. A path that leaves it ("../x.mp4", "/x.mp4") is
         a problem of its row. Links inside the root are followed: they are the user's own.
 
     Raises:
       ManifestError: naming the file, line, field, what was expected and found, and the mend, for
         the first 20 problems; also for a manifest that is missing or has no rows.
+      StorageError: a bucket that cannot be read.
     """
+    return [record for record, _ in read_rows(path, root, None)]
+
+
+def read_rows(
+    path: str | os.PathLike[str], root: str | os.PathLike[str], extra: str | None
+) -> list[tuple[Record, Any]]:
+    """As `read_manifest`, each record with what its row's field `extra` holds (None without it)."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        content = read(os.fspath(path)) if is_url(path) else Path(path).read_bytes()
     except OSError as error:
         raise ManifestError(f"{path}: expected a JSONL manifest, found none: {error}") from error
-    records: list[Record] = []
+    rows: list[tuple[Record, Any]] = []
     problems: list[str] = []
     first_line: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         found: list[str] = []
         row = _parse(line, found)
+        more = None
         if row is not None:
+            more = row.pop(extra, None) if extra else None
             found += _problems(row, root)
             name = row.get("id")
             if isinstance(name, str) and first_line.setdefault(name, number) != number:
@@ -110,13 +122,20 @@ def read_manifest(path: str | os.PathLike[str], root: str | os.PathLike[str]) ->
                     "again; rename one of the two"
                 )
         if row is not None and not found:
-            records.append(_record(row))
+            rows.append((_record(row), more))
         problems += [f"{path}:{number}: {problem}" for problem in found]
     if problems:
         raise ManifestError(_summary(f"{path}: ", problems))
-    if not records:
+    if not rows:
         raise ManifestError(f"{path}: expected at least one row, found none; write one per line")
-    return records
+    return rows
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """A record's row in a manifest; fields without a value are left out."""
+    row = {k: v for k, v in dataclasses.asdict(record).items() if v is not None and v != ()}
+    plain: dict[str, Any] = json.loads(json.dumps(row))  # tuples become lists
+    return plain
 
 
 def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
@@ -131,8 +150,7 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
     problems: list[str] = []
     seen: set[str] = set()
     for record in records:
-        row = {k: v for k, v in dataclasses.asdict(record).items() if v is not None and v != ()}
-        row = json.loads(json.dumps(row))  # tuples become lists, as they come back from the file
+        row = row_of(record)
         found = _problems(row, os.curdir)
         if record.id in seen:
             found.append(f"field 'id': expected unique ids, found {record.id!r} twice; rename one")

@@ -12,14 +12,13 @@ T frames chosen, H, W pixels of the upright picture (see `data.probe` on rotatio
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import cv2
 import numpy as np
 
-from data.probe import Probe, VideoError, open_video
+from data.probe import Probe, VideoError, VideoFile, open_video
 
 __all__ = ["FrameSampling", "Frames", "VideoError", "decode", "frame_count"]
 
@@ -98,7 +97,7 @@ def frame_count(probe: Probe, sampling: FrameSampling, clip: Clip | None = None)
 
 
 def decode(
-    path: str | os.PathLike[str],
+    path: VideoFile,
     sampling: FrameSampling,
     clip: Clip | None = None,
     expected_duration: float | None = None,
@@ -106,7 +105,7 @@ def decode(
     """Decodes the frames the model sees, and checks that the file is what it claims to be.
 
     Args:
-      path: the video.
+      path: the video, a file or in memory.
       sampling: how many frames.
       clip: only the frames inside [start, end] seconds; reading stops after them.
       expected_duration: the annotated length of the whole file in seconds. A file that ends
@@ -117,14 +116,11 @@ def decode(
     Raises:
       VideoError: any kind of `data.probe.VideoError`.
     """
-    capture, claimed, fps = open_video(path)
-    try:
+    with open_video(path) as (capture, claimed, fps):
         window = _window(claimed, fps, sampling, clip, str(path))
         wanted = np.linspace(window.start, window.end, window.take).round().astype(np.int64)
         to_the_end = window.end == claimed - 1
         seen = _read(capture, path, wanted, None if to_the_end else window.end)
-    finally:
-        capture.release()
     times = _times(seen.times, fps, path)
     if to_the_end or len(times) <= window.end:
         _check_complete(times, claimed, fps, path)
@@ -140,7 +136,7 @@ def decode(
 
 
 def _decode_by_time(
-    path: str | os.PathLike[str],
+    path: VideoFile,
     clip: Clip | None,
     expected_duration: float | None,
     count: int,
@@ -152,11 +148,8 @@ def _decode_by_time(
     At a constant frame rate these are the frames that qwen_vl_utils takes. At a variable one, equal
     steps in frames would be unequal steps in time, which the model's clock cannot express.
     """
-    capture, _, _ = open_video(path)
-    try:
+    with open_video(path) as (capture, _, _):
         times = _times(_read(capture, path, np.empty(0, np.int64), None).times, fps, path)
-    finally:
-        capture.release()
     _check_complete(times, claimed, fps, path)
     _check_duration(times, expected_duration, path)
     start, end = clip if clip else (0.0, math.inf)
@@ -172,11 +165,8 @@ def _decode_by_time(
     after = np.searchsorted(within, targets).clip(1, len(within) - 1)
     earlier_is_nearer = targets - within[after - 1] <= within[after] - targets
     wanted = inside[np.where(earlier_is_nearer, after - 1, after)]
-    capture, _, _ = open_video(path)
-    try:
+    with open_video(path) as (capture, _, _):
         frames = _read(capture, path, wanted, int(wanted[-1])).frames
-    finally:
-        capture.release()
     # total / fps is the window's length: N frames last N / (N - 1) times as long as first to last.
     length = (within[-1] - within[0]) * len(within) / (len(within) - 1)
     return Frames(frames, times[wanted] - start, float(length) / count)
@@ -218,7 +208,7 @@ class _Seen(NamedTuple):
 
 
 def _read(
-    capture: cv2.VideoCapture, path: str | os.PathLike[str], wanted: np.ndarray, stop: int | None
+    capture: cv2.VideoCapture, path: VideoFile, wanted: np.ndarray, stop: int | None
 ) -> _Seen:
     """Grabs frames up to number `stop` (to the end with None) and keeps the wanted ones.
 
@@ -249,7 +239,7 @@ def _read(
     return _Seen(np.array(times), frames)
 
 
-def _times(raw: np.ndarray, fps: float, path: str | os.PathLike[str]) -> np.ndarray:
+def _times(raw: np.ndarray, fps: float, path: VideoFile) -> np.ndarray:
     """When each frame is shown, from 0 and strictly increasing, f64[N] seconds.
 
     Frames that the codec held back to the end may have no time (0.0): they follow at the frame
@@ -283,9 +273,7 @@ def _is_regular(times: np.ndarray, fps: float) -> bool:
     return bool(np.abs(times - expected).max(initial=0.0) <= 0.5 / fps + _CLOCK)
 
 
-def _check_complete(
-    times: np.ndarray, claimed: int, fps: float, path: str | os.PathLike[str]
-) -> None:
+def _check_complete(times: np.ndarray, claimed: int, fps: float, path: VideoFile) -> None:
     """Refuses a file that ends early.
 
     Early in frames *and* in time: where the rate varies, Matroska's count (duration times nominal
@@ -304,9 +292,7 @@ def _check_complete(
     )
 
 
-def _check_duration(
-    times: np.ndarray, expected: float | None, path: str | os.PathLike[str]
-) -> None:
+def _check_duration(times: np.ndarray, expected: float | None, path: VideoFile) -> None:
     end = float(times[-1]) * len(times) / max(1, len(times) - 1)  # the last frame is shown too
     if expected is not None and _ends_before(end, expected):
         raise VideoError(

@@ -1,4 +1,4 @@
-"""The command line: `jaxgrpo {sft,train,eval,export,plan}`.
+"""The command line: `jaxgrpo {sft,train,eval,pack,plan,export}`.
 
 A command imports what it needs when it runs, so that `jaxgrpo --help` and a mistyped config key
 answer at once. A user's mistake (any `ValueError` subclass of our four packages, a missing file,
@@ -26,6 +26,7 @@ _AFTER_INTERRUPTION = {
     "sft": _GOES_ON,
     "train": _GOES_ON,
     "eval": "no scores were written",
+    "pack": "nothing was packed",
     "export": "nothing was exported",
     "plan": "nothing was planned",
 }
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         ("sft", "supervised fine-tuning: the cold start, or a baseline"),
         ("train", "GRPO, the main job: evaluates, trains, evaluates again"),
         ("eval", "greedy evaluation of a model directory or a run"),
+        ("pack", "write the manifests and their clips as ArrayRecord shards"),
         ("plan", "what training will need on a TPU slice or GPUs; neither is needed for it"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
@@ -97,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--slices", type=int, default=1, help="TPU slices of that shape")
             command.add_argument("--json", action="store_true", help="figures for programs")
         command.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/*.yaml")
+        if name == "pack":
+            command.add_argument("out", metavar="OUT", help="the folder to make")
         command.add_argument(
             "overrides",
             nargs="*",
@@ -136,6 +140,11 @@ def _run(options: argparse.Namespace) -> int:
         from jaxgrpo import plan
 
         return plan.main(settings, options.topology, options.slices, options.json)
+    if options.command == "pack":
+        from jaxgrpo import pack
+
+        pack.main(settings, options.out)
+        return 0
     if options.command == "eval":
         from jaxgrpo import evaluate
 

@@ -54,7 +54,7 @@ def _accepted_by(library: Callable[..., Any], name: str, section: Any) -> None:
 class ModelSection:
     """Which model, and how it is computed."""
 
-    path: str  # a Hugging Face directory or hub id
+    path: str  # a Hugging Face directory, here or in a bucket (gs://...), or a hub id
     init: Literal["checkpoint", "random"] = "checkpoint"  # random: only the sizes are read
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # master weights are float32
     remat: Literal["none", "layer"] = "layer"  # layer: activations are recomputed layer by layer
@@ -90,11 +90,17 @@ class SyntheticSection:
 class DataSection:
     """Which questions about which videos, and what of a video the model sees."""
 
-    train: str = ""  # JSONL manifest; `eval` needs none
-    eval: str = ""  # JSONL manifest; all of `train`, `sft` and `eval` evaluate
+    # A JSONL manifest, or a folder of what `jaxgrpo pack` wrote; both may be in a bucket.
+    train: str = ""  # `eval` needs none
+    eval: str = ""  # all of `train`, `sft` and `eval` evaluate
     root: str = field(
         default=".", metadata=_RESUMABLE
-    )  # folder that the manifests' video paths start from
+    )  # folder or bucket path that a JSONL manifest's video paths start from
+    stage: str = field(
+        default="", metadata=_RESUMABLE
+    )  # local folder for what buckets give; "": none
+    stage_gib: float = field(default=100.0, metadata=_RESUMABLE)  # that the stage may hold
+    shard_mib: int = field(default=512, metadata=_RESUMABLE)  # of a shard that `pack` writes
     synthetic: SyntheticSection | None = None  # instead of manifests
     fps: float = 2.0  # frames sampled per second of video
     min_frames: int = 4
@@ -116,7 +122,12 @@ class DataSection:
         if self.synthetic is not None and (self.train or self.eval):
             manifest = "data.train" if self.train else "data.eval"
             raise ConfigError(f"data.synthetic and {manifest} are both set: remove one of them")
-        _above_zero("data", self, "fps")
+        from data.storage import is_url  # not above: see `cli`
+
+        _check("data.stage", self.stage, not is_url(self.stage), "a local folder")
+        if self.synthetic is not None:
+            _check("data.root", self.root, not is_url(self.root), "a local folder: clips are made")
+        _above_zero("data", self, "fps", "stage_gib", "shard_mib")
         _at_least("data", self, min_frames=2, min_pixels=1, threads=1, workers=0, prefetch=1)
         _at_least("data", self, max_frames=self.min_frames)
         _at_least("data", self, max_pixels=self.min_pixels, total_pixels=self.min_pixels)

@@ -202,7 +202,7 @@ def predict(
     loader = Feed(
         mesh,
         plan,
-        PromptLoader(inputs.processor, dataset.records, config.data),
+        PromptLoader(inputs.processor, dataset.records, config.data, dataset.clips),
         PromptCollator(dataset.offers, inputs.processor.pad_id),
         dataset.records,
         config.data,

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from jaxgrpo.load import restore_params
+from data.storage import is_url
+from jaxgrpo.load import model_directory, restore_params
 from jaxgrpo.run_dir import is_run
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.tensor_files import TensorFiles, read_index, write_shards
@@ -45,20 +46,24 @@ def main(source: str | Path, out: str | Path, dtype: ExportDtype = "source") -> 
     """Exports a run or a model directory and says how to load the result.
 
     Args:
-      source: a run directory (config.yaml and checkpoints/) or a Hugging Face model directory.
+      source: a run directory (config.yaml and checkpoints/) or a Hugging Face model directory,
+        which may be in a bucket.
       out: the directory to make; nothing or an empty directory may be there.
       dtype: of every weight; "source" writes each in the type that the model directory has it in.
 
     Raises:
       ExportError: `source` is neither, or `out` is taken.
-      FileNotFoundError, ModelConfigError, WeightError: the model directory cannot be read.
+      FileNotFoundError, ModelConfigError, WeightError, StorageError: the model directory cannot be
+        read.
     """
-    source, out = Path(source), Path(out)
+    out = Path(out)
+    if not is_run(source):
+        source = model_directory(source) if is_url(source) else Path(source)
     if is_run(source):
         _check_free(out)  # before the checkpoint is read
         params, base_directory = restore_params(source)
         files = export_params(params, ModelConfig.load(base_directory), base_directory, out, dtype)
-    elif (source / "config.json").is_file():
+    elif (Path(source) / "config.json").is_file():
         files = export_model(source, out, dtype)
     else:
         raise ExportError(

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.probe import Probe, VideoError, probe_all
+from data.probe import Clips, Probe, VideoError
 from data.prompts import question_text, target_text
-from data.records import Record, read_manifest
+from data.records import Record
+from data.sources import open_source
+from data.staging import Stage
 from data.synthetic import SyntheticSpec, write_dataset
 from data.video import FrameSampling, decode, frame_count
 from jaxgrpo.config import Config, DataSection
@@ -49,6 +51,7 @@ class Dataset(NamedTuple):
     buckets: tuple[tuple[int, ...], ...]  # the items of each bucket
     offers: tuple[Size, ...]  # what each bucket offers to each of its prompts
     max_spans: int  # M, the most true spans that an item has
+    clips: Clips  # where the records' videos are
 
     @property
     def spares(self) -> list[list[int]]:
@@ -101,6 +104,28 @@ def frame_sampling(config: DataSection) -> FrameSampling:
     return FrameSampling(config.fps, config.min_frames, config.max_frames)
 
 
+def open_stage(config: DataSection) -> Stage | None:
+    """The folder that keeps what buckets give, with what it holds counted.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
+    if not config.stage:
+        return None
+    stage = Stage(Path(config.stage).expanduser(), int(config.stage_gib * (1 << 30)))
+    stage.recount()
+    return stage
+
+
+def manifest_paths(config: DataSection) -> dict[str, str]:
+    """The manifests by key, "" where none is set; synthetic ones are made, with their clips."""
+    train, evaluation = config.train, config.eval
+    if config.synthetic is not None:
+        spec = SyntheticSpec(**dataclasses.asdict(config.synthetic))
+        train, evaluation = map(str, write_dataset(config.root, spec, config.threads))
+    return {"data.train": train, "data.eval": evaluation}
+
+
 def messages(record: Record, thinking: bool) -> list[dict[str, Any]]:
     """The chat that a record's prompt is: one user's turn, the video and the question."""
     text = question_text(record, thinking)
@@ -128,28 +153,30 @@ def prepare(
     Raises:
       InputError: a manifest is not configured, none of its videos can be read, a question cannot
         be asked, prompts do not fit the largest bucket, or the hosts see different data.
-      ManifestError, SyntheticError: see there.
+      ManifestError, SyntheticError, StorageError: see there.
     """
     data = config.data
-    train_path, eval_path = data.train, data.eval
-    if data.synthetic is not None:
-        spec = SyntheticSpec(**dataclasses.asdict(data.synthetic))
-        train_path, eval_path = map(str, write_dataset(data.root, spec, data.threads))
-    manifests = {"data.train": train_path} if train else {}
-    manifests |= {"data.eval": eval_path} if evaluation else {}
+    needed = {"data.train": train, "data.eval": evaluation}
+    manifests = {key: path for key, path in manifest_paths(data).items() if needed[key]}
     for key, path in manifests.items():
         if not path:
             raise InputError(f"{key} is empty: set it to a JSONL manifest, or set data.synthetic")
-    records = {key: read_manifest(path, data.root) for key, path in manifests.items()}
+    stage = open_stage(data)
+    sources = {
+        key: open_source(path, data.root, stage, data.threads, _say)
+        for key, path in manifests.items()
+    }
+    clips = {key: source.clips for key, source in sources.items()}
+    records = {key: source.records for key, source in sources.items()}
     if config.eval.limit and evaluation:
         records["data.eval"] = records["data.eval"][: config.eval.limit]
 
     bad = dict(excluded or {})
     measured: dict[str, list[tuple[Record, Size]]] = {}
     for key, rows in records.items():
-        probes = probe_all(rows, data.root, data.threads, Path(data.root) / ".probes.json")
+        probes = clips[key].probe(rows, data.threads)
         left_out = {record.id for record in rows if f"{key}/{record.id}" in bad}
-        usable, errors = _measure(rows, probes, processor, data, left_out)
+        usable, errors = _measure(rows, probes, clips[key], processor, data, left_out)
         bad |= {f"{key}/{name}": reason for name, reason in errors.items()}
         if not usable:
             shown = "\n".join(list(errors.values())[:_SHOWN])
@@ -157,7 +184,7 @@ def prepare(
         measured[key] = usable
     swapped: list[tuple[Record, Size]] = []
     if evaluation:
-        swapped = _swap_videos(measured["data.eval"], processor, data)
+        swapped = _swap_videos(measured["data.eval"], clips["data.eval"], processor, data)
     for key, usable in measured.items():
         _check_fits(key, usable, data.buckets)
 
@@ -167,9 +194,9 @@ def prepare(
         together = usable + (swapped if key == "data.eval" else [])
         offers = _bucket_sizes([size for _, size in together], data.buckets)
         max_spans = max(max(len(record.spans), 1) for record, _ in together)
-        datasets[key] = _dataset(usable, offers, max_spans)
+        datasets[key] = _dataset(usable, offers, max_spans, clips[key])
         if key == "data.eval" and swapped:
-            datasets["swapped"] = _dataset(swapped, offers, max_spans)
+            datasets["swapped"] = _dataset(swapped, offers, max_spans, clips[key])
     _check_hosts_agree({key: dataset.plan for key, dataset in datasets.items()})
     return Inputs(
         processor,
@@ -207,11 +234,12 @@ class PromptLoader:
     processor: Processor
     records: tuple[Record, ...]
     data: DataSection
+    clips: Clips
 
     def __call__(self, item: int) -> Prompt:
         record = self.records[item]
         frames = decode(
-            Path(self.data.root) / record.video,
+            self.clips.fetch(record.video),
             frame_sampling(self.data),
             record.clip,
             record.duration,
@@ -283,6 +311,7 @@ class TargetCollator:
 def _measure(
     records: Sequence[Record],
     probes: dict[str, Probe | VideoError],
+    clips: Clips,
     processor: Processor,
     data: DataSection,
     excluded: set[str],
@@ -301,14 +330,16 @@ def _measure(
             errors[record.id] = f"{record.id}: {probe}"
             continue
         try:
-            measured.append((record, _size(record, probe, processor, data)))
+            measured.append((record, _size(record, probe, clips, processor, data)))
         except VideoError as error:
             errors[record.id] = f"{record.id}: {error}"
     errors = {name: reason for part in _from_hosts(errors) for name, reason in part.items()}
     return [(record, size) for record, size in measured if record.id not in errors], errors
 
 
-def _size(record: Record, probe: Probe, processor: Processor, data: DataSection) -> Size:
+def _size(
+    record: Record, probe: Probe, clips: Clips, processor: Processor, data: DataSection
+) -> Size:
     """What a record's prompt needs.
 
     Raises:
@@ -320,7 +351,7 @@ def _size(record: Record, probe: Probe, processor: Processor, data: DataSection)
     try:
         grid = processor.grid((probe.height, probe.width), frames)
     except ProcessorError as error:
-        raise VideoError("shape", f"{Path(data.root) / record.video}: {error}") from error
+        raise VideoError("shape", f"{clips.name(record.video)}: {error}") from error
     try:
         return processor.size(messages(record, data.thinking), [grid])
     except ProcessorError as error:
@@ -349,8 +380,14 @@ def _from_hosts(value: Any) -> list[Any]:
     return gather_objects(value)
 
 
+def _say(text: str) -> None:
+    from jaxgrpo.sharding import say  # as above
+
+    say(text)
+
+
 def _swap_videos(
-    usable: list[tuple[Record, Size]], processor: Processor, data: DataSection
+    usable: list[tuple[Record, Size]], clips: Clips, processor: Processor, data: DataSection
 ) -> list[tuple[Record, Size]]:
     """Each grounding question about the video of the next one, to see what the video is worth.
 
@@ -364,8 +401,8 @@ def _swap_videos(
         for record, other in zip(grounding, moved, strict=True)
         if (record.video, record.clip) != (other.video, other.clip)
     ]
-    probes = probe_all(pairs, data.root, data.threads, Path(data.root) / ".probes.json")
-    swapped, _ = _measure(pairs, probes, processor, data, set())
+    probes = clips.probe(pairs, data.threads)
+    swapped, _ = _measure(pairs, probes, clips, processor, data, set())
     return [(record, size) for record, size in swapped if size.tokens <= data.buckets[-1]]
 
 
@@ -405,11 +442,11 @@ def bucket_offer(members: Sequence[Size], tokens: int) -> Size:
 
 
 def _dataset(
-    usable: Sequence[tuple[Record, Size]], offers: tuple[Size, ...], max_spans: int
+    usable: Sequence[tuple[Record, Size]], offers: tuple[Size, ...], max_spans: int, clips: Clips
 ) -> Dataset:
     widths = [bucket.tokens for bucket in offers]
     items: list[list[int]] = [[] for _ in offers]
     for number, (_, size) in enumerate(usable):
         items[_bucket_of(size.tokens, widths)].append(number)
     records, sizes = zip(*usable, strict=True)
-    return Dataset(records, sizes, tuple(map(tuple, items)), offers, max_spans)
+    return Dataset(records, sizes, tuple(map(tuple, items)), offers, max_spans, clips)

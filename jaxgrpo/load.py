@@ -1,4 +1,4 @@
-"""Opening a model: a Hugging Face directory, a hub id, or the run directory of an earlier job."""
+"""Opening a model: a Hugging Face directory (here or in a bucket), a hub id, or an earlier run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from data.storage import is_url, model_folder
 from jaxgrpo.checkpoint import latest_step, read_part
 from jaxgrpo.config import Config, ConfigError, MeshSection, ModelSection
 from jaxgrpo.inputs import pixel_limits
 from jaxgrpo.policy import Params, Policy, Vocabulary
 from jaxgrpo.processes import check_same
 from jaxgrpo.run_dir import is_run, read_config
-from jaxgrpo.sharding import make_mesh, param_shardings
+from jaxgrpo.sharding import make_mesh, param_shardings, say
 from jaxgrpo.update import split_frozen
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, random_params
@@ -27,13 +28,18 @@ from models.qwen2_5_vl.weights import load
 def model_directory(path: str | Path) -> Path:
     """The Hugging Face directory behind `model.path`: the one a run began from, if it is a run's.
 
+    One in a bucket is fetched to `data.storage.cache_folder()` first.
+
     Raises:
       FileNotFoundError: neither a directory nor the shape of a hub id.
       ConfigError: a run without a checkpoint.
+      StorageError: a bucket path that holds no model or cannot be read.
     """
+    if is_run(path):
+        return model_directory(read_config(path).model.path)
+    if is_url(path):
+        return model_folder(str(path), say)
     directory = Path(path)
-    if is_run(directory):
-        return model_directory(read_config(directory).model.path)
     if directory.is_dir():
         return directory
     text = str(path)

@@ -78,7 +78,9 @@ def main(config: Config) -> None:
             weight_steps(config.model.path) if config.model.freeze_vision else [],
             inputs.excluded,
         )
-        targets = TargetLoader(PromptLoader(processor, inputs.train.records, config.data), length)
+        targets = TargetLoader(
+            PromptLoader(processor, inputs.train.records, config.data, inputs.train.clips), length
+        )
         for item in range(len(inputs.train.records)):
             targets.completion(item)  # one that is too long is named now, not in the middle
 

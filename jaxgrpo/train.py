@@ -148,7 +148,7 @@ def main(config: Config) -> None:
         loader = Feed(
             mesh,
             StepPlan(inputs.train.buckets, prompts, config.seed, inputs.train.spares),
-            PromptLoader(processor, inputs.train.records, config.data),
+            PromptLoader(processor, inputs.train.records, config.data, inputs.train.clips),
             PromptCollator(inputs.train.offers, processor.pad_id),
             inputs.train.records,
             config.data,

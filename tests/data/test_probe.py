@@ -11,6 +11,7 @@ import pytest
 import data.probe
 from data.probe import Probe, VideoError, probe, probe_all
 from data.records import Record
+from data.sources import FolderClips
 from tests.data import clips
 
 
@@ -65,7 +66,7 @@ def test_faults_are_told_apart(tmp_path: Path) -> None:
     clips.write_png(tmp_path / "picture.mp4")
     clips.write_audio(tmp_path / "sound.mp4")
     videos = ["none.mp4", "empty.mp4", "text.mp4", "picture.mp4", "sound.mp4"]
-    found = probe_all([record(v, v) for v in videos], tmp_path, 2, None)
+    found = probe_all([record(v, v) for v in videos], FolderClips(str(tmp_path)), 2, None)
     kinds = ["missing", "empty", "unreadable", "frame_count", "unreadable"]
     for video, kind in zip(videos, kinds, strict=True):
         error = found[video]
@@ -75,7 +76,9 @@ def test_faults_are_told_apart(tmp_path: Path) -> None:
 
 def test_records_that_share_a_video_share_its_probe(tmp_path: Path, opened: list[str]) -> None:
     clips.write_mp4v(tmp_path / "a.mp4", 10)
-    found = probe_all([record(str(i), "a.mp4") for i in range(5)], tmp_path, 4, None)
+    found = probe_all(
+        [record(str(i), "a.mp4") for i in range(5)], FolderClips(str(tmp_path)), 4, None
+    )
     assert [found[str(i)] for i in range(5)] == [probe(tmp_path / "a.mp4")] * 5
     assert opened == ["a.mp4"]
 
@@ -85,9 +88,9 @@ def test_a_second_run_opens_nothing_and_finds_the_same(tmp_path: Path, opened: l
     (tmp_path / "bad.mp4").write_text("no video")
     records = [record("1", "good.mp4"), record("2", "bad.mp4")]
     cache = tmp_path / "cache" / "probes.json"
-    first = probe_all(records, tmp_path, 2, cache)
+    first = probe_all(records, FolderClips(str(tmp_path)), 2, cache)
     del opened[:]
-    second = probe_all(records, tmp_path, 2, cache)
+    second = probe_all(records, FolderClips(str(tmp_path)), 2, cache)
     assert opened == []
     assert second["1"] == first["1"]
     for found in (first["2"], second["2"]):
@@ -99,20 +102,20 @@ def test_a_second_run_opens_nothing_and_finds_the_same(tmp_path: Path, opened: l
 def test_a_changed_file_is_looked_at_again(tmp_path: Path, opened: list[str]) -> None:
     path = clips.write_mp4v(tmp_path / "a.mp4", 10)
     records, cache = [record("1", "a.mp4")], tmp_path / "probes.json"
-    probe_all(records, tmp_path, 1, cache)
+    probe_all(records, FolderClips(str(tmp_path)), 1, cache)
     clips.write_mp4v(path, 20)
-    found = probe_all(records, tmp_path, 1, cache)["1"]
+    found = probe_all(records, FolderClips(str(tmp_path)), 1, cache)["1"]
     assert isinstance(found, Probe) and found.frames == 20
     os.utime(path, ns=(1, 1))  # same size, another time
-    probe_all(records, tmp_path, 1, cache)
+    probe_all(records, FolderClips(str(tmp_path)), 1, cache)
     assert opened == ["a.mp4"] * 3
 
 
 def test_a_missing_file_is_looked_for_again(tmp_path: Path) -> None:
     records, cache = [record("1", "a.mp4")], tmp_path / "probes.json"
-    assert isinstance(probe_all(records, tmp_path, 1, cache)["1"], VideoError)
+    assert isinstance(probe_all(records, FolderClips(str(tmp_path)), 1, cache)["1"], VideoError)
     clips.write_mp4v(tmp_path / "a.mp4", 10)
-    assert isinstance(probe_all(records, tmp_path, 1, cache)["1"], Probe)
+    assert isinstance(probe_all(records, FolderClips(str(tmp_path)), 1, cache)["1"], Probe)
 
 
 def test_two_manifests_may_share_a_cache(tmp_path: Path, opened: list[str]) -> None:
@@ -120,12 +123,12 @@ def test_two_manifests_may_share_a_cache(tmp_path: Path, opened: list[str]) -> N
     for name in ("a.mp4", "b.mp4", "a.mp4", "b.mp4"):
         if not (tmp_path / name).exists():
             clips.write_mp4v(tmp_path / name, 10)
-        probe_all([record(name, name)], tmp_path, 1, cache)
+        probe_all([record(name, name)], FolderClips(str(tmp_path)), 1, cache)
     assert opened == ["a.mp4", "b.mp4"]
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"version": 0, "files": {}}', '{"version": 1, "files": {"a": 3}}']
+    "content", ["", "{", "[]", '{"version": 0, "files": {}}', '{"version": 2, "files": {"a": 3}}']
 )
 def test_a_damaged_cache_is_rebuilt_with_a_warning(
     tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture, opened: list[str]
@@ -134,7 +137,7 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(
     cache = tmp_path / "probes.json"
     cache.write_text(content)
     for _ in range(2):
-        found = probe_all([record("1", "a.mp4")], tmp_path, 1, cache)["1"]
+        found = probe_all([record("1", "a.mp4")], FolderClips(str(tmp_path)), 1, cache)["1"]
         assert found == Probe(10, 25.0, clips.WIDTH, clips.HEIGHT, 0.4)
     assert "probing all videos again" in caplog.text
     assert opened == ["a.mp4"]
@@ -148,7 +151,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     clips.write_mp4v(tmp_path / "a.mp4", 10)
     (tmp_path / "taken").touch()
     cache = tmp_path / "taken" / "probes.json"
-    found = probe_all([record("1", "a.mp4")], tmp_path, 1, cache)["1"]
+    found = probe_all([record("1", "a.mp4")], FolderClips(str(tmp_path)), 1, cache)["1"]
     assert isinstance(found, Probe)
     assert f"{cache}: the next run probes all videos again" in caplog.text
 
@@ -156,7 +159,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
 def test_every_fact_of_a_probe_is_cached(tmp_path: Path) -> None:
     clips.write_mp4v(tmp_path / "a.mp4", 10, fps=24000 / 1001)
     records, cache = [record("1", "a.mp4")], tmp_path / "probes.json"
-    first = probe_all(records, tmp_path, 1, cache)["1"]
-    second = probe_all(records, tmp_path, 1, cache)["1"]
+    first = probe_all(records, FolderClips(str(tmp_path)), 1, cache)["1"]
+    second = probe_all(records, FolderClips(str(tmp_path)), 1, cache)["1"]
     assert isinstance(first, Probe) and isinstance(second, Probe)
     assert dataclasses.asdict(first) == dataclasses.asdict(second)

@@ -176,6 +176,14 @@ def test_only_these_keys_are_resumable() -> None:
     found |= {item.name for item in dataclasses.fields(Config) if "resumable" in item.metadata}
     assert found == {
         *("run_dir", "eval", "checkpoint", "mesh", "log"),
-        *("data.root", "data.threads", "data.workers", "data.prefetch"),
+        *(
+            "data.root",
+            "data.shard_mib",
+            "data.stage",
+            "data.stage_gib",
+            "data.threads",
+            "data.workers",
+            "data.prefetch",
+        ),
         *("train.steps", "train.max_nonfinite_steps", "sft.steps"),
     }

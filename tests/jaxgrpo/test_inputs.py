@@ -17,6 +17,7 @@ import pytest
 
 from data.prompts import target_text
 from data.records import Record, read_manifest, write_manifest
+from data.sources import FolderClips
 from jaxgrpo import cli, sharding
 from jaxgrpo.config import Config, DataSection
 from jaxgrpo.inputs import (
@@ -198,7 +199,7 @@ def test_a_spare_whose_frames_do_not_fit_the_rows_is_none(inputs: Inputs) -> Non
 
 
 def test_a_measured_prompt_is_what_is_loaded(config: Config, inputs: Inputs) -> None:
-    load = PromptLoader(inputs.processor, inputs.train.records, config.data)
+    load = PromptLoader(inputs.processor, inputs.train.records, config.data, inputs.train.clips)
     whole = [i for i, r in enumerate(inputs.train.records) if r.id != "cut"][:4]
     for item in whole:
         prompt = load(item)
@@ -368,7 +369,7 @@ def test_from_file_to_prompt_it_is_what_pyav_qwen_vl_utils_and_transformers_make
     span = ((0.5, 1.0),)
     record = Record("a", "a.mp4", "tvg", "When does it open?", (), None, span, 4.0, clip)
     processor = Processor.load(model, pixel_limits(data))
-    prompt = PromptLoader(processor, (record,), data)(0)
+    prompt = PromptLoader(processor, (record,), data, FolderClips(data.root))(0)
 
     pixels, _ = clips.decode_all(path)
     indices = hf.frame_indices(100, 25.0, frame_sampling(data), clip)
@@ -395,7 +396,7 @@ def test_from_file_to_prompt_it_is_what_pyav_qwen_vl_utils_and_transformers_make
 
 @pytest.fixture(scope="module")
 def targets(config: Config, inputs: Inputs) -> TargetLoader:
-    prompts = PromptLoader(inputs.processor, inputs.train.records, config.data)
+    prompts = PromptLoader(inputs.processor, inputs.train.records, config.data, inputs.train.clips)
     return TargetLoader(prompts, max_tokens=32)
 
 

@@ -19,6 +19,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from data.prompts import target_text
 from data.records import read_manifest
+from data.sources import FolderClips
 from jaxgrpo import cli
 from jaxgrpo.config import MeshSection
 from jaxgrpo.inputs import PromptLoader
@@ -99,7 +100,7 @@ def test_a_trained_run_is_the_same_model_in_transformers(place: Workplace, tmp_p
     processor = open_processor(config)
     records = tuple(read_manifest(place.clips / "eval.jsonl", place.clips))
     item = next(i for i, record in enumerate(records) if record.task == "gqa")
-    prompt = PromptLoader(processor, records, config.data)(item)
+    prompt = PromptLoader(processor, records, config.data, FolderClips(str(place.clips)))(item)
     completion = processor.encode_completion(target_text(records[item], thinking=False))
     grid = np.array([[len(prompt.frame_index), *(prompt.patch_hw.max(axis=0) + 1)]])
     no_images = np.zeros((0, 3), np.int64)

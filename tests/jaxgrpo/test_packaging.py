@@ -110,5 +110,5 @@ def test_it_cannot_be_uploaded_by_mistake() -> None:
 
 
 def test_every_extra_names_what_it_is_for() -> None:
-    extras = {"tpu", "cuda", "wandb", "test"}
+    extras = {"tpu", "cuda", "gcs", "wandb", "test"}
     assert set(PROJECT["project"]["optional-dependencies"]) == extras

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import jax
