@@ -51,6 +51,7 @@ class JaxgrpoClips(tfds.core.ShardBasedBuilder):
     """The TFDS builder of one split, from generators of elements, one per shard."""
 
     VERSION = tfds.core.Version("1.0.0")
+    code_path = None  # TFDS would look for checksums there, with a package it does not require
 
     def __init__(
         self, split: str, shards: Sequence[Callable[[], Iterator[Any]]], data_dir: Path

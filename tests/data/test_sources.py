@@ -53,7 +53,7 @@ def plain(root: Path) -> Source:
 @pytest.fixture
 def packed(root: Path, tmp_path: Path) -> Path:
     out = tmp_path / "packed" / "train"
-    done = pack(plain(root), out, "train", 40_000, 2)
+    done = pack(plain(root), out, "train", 8_000, 2)
     assert done.clips == 4 and list(done.rejected) == ["5"] and done.shards > 1
     return out
 
