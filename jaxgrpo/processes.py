@@ -109,7 +109,7 @@ def named_processes(environment: Mapping[str, str]) -> dict[str, Any]:
         "coordinator_address": address,
         "num_processes": count,
         "process_id": index,
-        # Under srun jax would give this process one GPU of its host; it is to have all that it sees.
+        # Under srun jax would give this process one GPU of its host instead of all that it sees.
         "cluster_detection_method": "deactivate",
     }
 
