@@ -118,17 +118,8 @@ def make_policy(
     )
 
 
-def param_shapes(config: ModelConfig, mesh: Mesh) -> Params:
-    """The shapes of the master weights, float32, and how they lie on the mesh."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract_model(config)[1],
-        param_shardings(config, mesh),
-    )
-
-
 def open_params(section: ModelSection, config: ModelConfig, mesh: Mesh, seed: int) -> Params:
-    """The master weights that `model` asks for, in the shapes of `param_shapes`.
+    """The master weights that `model` asks for, in the shapes of `sharding.param_shapes`.
 
     Raises:
       WeightError, FileNotFoundError: see `models.qwen2_5_vl.weights.load`.

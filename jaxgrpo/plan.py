@@ -29,12 +29,11 @@ from jax.stages import Lowered
 from jaxgrpo import flops, hlo, memory
 from jaxgrpo.config import Config, DataSection
 from jaxgrpo.inputs import bucket_offer, pixel_limits
-from jaxgrpo.load import config_directory, make_policy, param_shapes
+from jaxgrpo.load import config_directory, make_policy
 from jaxgrpo.policy import Vocabulary
-from jaxgrpo.programs import init_program, lower_publish, lower_train
-from jaxgrpo.sharding import DATA, FSDP, RULES, check_divides, make_mesh
+from jaxgrpo.programs import lower_train, lower_weights
+from jaxgrpo.sharding import DATA, FSDP, check_divides, make_mesh
 from jaxgrpo.topology import GIB, Topology, find
-from jaxgrpo.update import make_optimizer, split_frozen
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.processor import Size, media_grid, media_size
 
@@ -110,7 +109,8 @@ def make_plan(config: Config, topology: Topology, progress: Callable[[str], None
     mesh = make_mesh(config.mesh, topology.describe())
     model = ModelConfig.load(config_directory(config.model.path))
     sizes = {
-        "rollout.prompts / optim.accumulate": config.rollout.prompts // config.optim.accumulate
+        "rollout.prompts / optim.accumulate": config.rollout.prompts // config.optim.accumulate,
+        "eval.batch": config.eval.batch,
     }
     check_divides(mesh, model, sizes, replicate_kv=config.mesh.replicate_kv)
     bucket = assumed_bucket(config.data, model)
@@ -119,27 +119,21 @@ def make_plan(config: Config, topology: Topology, progress: Callable[[str], None
     policy = make_policy(
         config.model, model, _vocabulary(model), temperature=config.rollout.temperature
     )
-    trained, frozen = split_frozen(param_shapes(model, mesh), config.model.freeze_vision)
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    state = init_program(mesh, optimizer, trained).lower(trained).out_info
-    publish = lower_publish(mesh, policy, trained, frozen)
-    keep = lower_publish(mesh, policy, trained, {}, RULES) if config.grpo.kl else None
-    reference = keep.out_info if keep else None
-    platform = None if topology.is_tpu else "cuda"
-    sampler = publish.out_info
-    lowered = lower_train(
-        config, mesh, policy, bucket, optimizer, state, frozen, sampler, reference, platform
+    weights = lower_weights(
+        config, mesh, policy, config.train.steps, reference=bool(config.grpo.kl)
     )
-    programs = {"publish": publish, **lowered._asdict()}
+    platform = None if topology.is_tpu else "cuda"
+    lowered = lower_train(config, mesh, policy, bucket, weights, platform)
+    programs = {"publish": weights.to_sampler, **lowered._asdict()}
     programs = {name: program for name, program in programs.items() if program is not None}
 
     # ---- what each needs ----
     trees = {
-        "weights": state.params,
-        "optimiser": state.opt_state,
-        "frozen weights": frozen,
-        "reference": reference or {},
-        "sampler's copy": sampler,
+        "weights": weights.init.out_info.params,
+        "optimiser": weights.init.out_info.opt_state,
+        "frozen weights": weights.frozen,
+        "reference": weights.to_reference.out_info if weights.to_reference else {},
+        "sampler's copy": weights.to_sampler.out_info,
     }
     held = {name: bytes_per_device(tree) / GIB for name, tree in trees.items()}
     formulas = _formulas(config, model, bucket)

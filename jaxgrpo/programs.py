@@ -32,8 +32,10 @@ from jaxgrpo.policy import Params, Policy, cast
 from jaxgrpo.rollout import Rollout, Sampling, generate
 from jaxgrpo.sharding import (
     PROMPTS,
+    RULES,
     SAMPLER_RULES,
     jit_on,
+    param_shapes,
     param_shardings,
     shape_on,
     shardings_like,
@@ -44,7 +46,9 @@ from jaxgrpo.update import (
     apply_gradients,
     grpo_gradients,
     init_state,
+    make_optimizer,
     sft_gradients,
+    split_frozen,
 )
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.processor import Prompt, Size
@@ -267,6 +271,34 @@ def scalar_shape(mesh: Mesh) -> Any:
     return shape_on(mesh, PartitionSpec(), (), np.int32)
 
 
+class WeightPrograms(NamedTuple):
+    """What the weights of a run go through, to be compiled, and their shapes with shardings."""
+
+    trained: Params  # float32
+    frozen: Params  # float32
+    optimizer: optax.GradientTransformation
+    init: Lowered  # trained -> state
+    to_sampler: Lowered  # (trained, frozen) -> the sampler's copy
+    to_reference: Lowered | None  # (trained, {}) -> the reference; None without a KL term
+
+
+def lower_weights(
+    config: Config, mesh: Mesh, policy: Policy, steps: int, *, reference: bool
+) -> WeightPrograms:
+    """Lowers what happens to the weights before and between the steps."""
+    shapes = param_shapes(policy.config, mesh)
+    trained, frozen = split_frozen(shapes, config.model.freeze_vision)
+    optimizer = make_optimizer(config.optim, steps)
+    return WeightPrograms(
+        trained,
+        frozen,
+        optimizer,
+        init=init_program(mesh, optimizer, trained).lower(trained),
+        to_sampler=lower_publish(mesh, policy, trained, frozen),
+        to_reference=lower_publish(mesh, policy, trained, {}, RULES) if reference else None,
+    )
+
+
 class TrainPrograms(NamedTuple):
     """The executables of one bucket that GRPO training calls, in the order of a step."""
 
@@ -292,19 +324,12 @@ def lower_train(
     mesh: Mesh,
     policy: Policy,
     bucket: Size,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    frozen: Params,
-    sampler: Params,
-    reference: Params | None,
+    weights: WeightPrograms,
     platform: str | None = None,
 ) -> LoweredTrain:
     """Lowers the rollout, the reference pass and the update for one bucket.
 
     Args:
-      state, frozen, sampler, reference: shapes (or arrays) with shardings: the training state, the
-        frozen weights, the sampler's copy of all weights, the reference's of the trained ones (None
-        without a KL term).
       platform: to lower for another one than the mesh's devices: "cuda" on a machine without a GPU.
     """
 
@@ -312,6 +337,7 @@ def lower_train(
         platforms = None if platform is None else (platform,)
         return program.trace(*arguments).lower(lowering_platforms=platforms)
 
+    state, frozen = weights.init.out_info, weights.frozen
     rollout_section = config.rollout
     p, g, c = rollout_section.prompts, rollout_section.group, rollout_section.max_new_tokens
     sampling = Sampling(
@@ -321,12 +347,13 @@ def lower_train(
     scalar = scalar_shape(mesh)
 
     program = rollout_program(mesh, policy, sampling, config.model.freeze_vision)
-    rollout = lower(program, sampler, prompt, scalar, scalar)
+    rollout = lower(program, weights.to_sampler.out_info, prompt, scalar, scalar)
     completions, features = rollout.out_info
     of_reference = None
-    if reference is not None:
+    if weights.to_reference is not None:
         program = reference_program(mesh, policy)
-        of_reference = lower(program, reference, frozen, prompt, features, completions.tokens)
+        kept = weights.to_reference.out_info
+        of_reference = lower(program, kept, frozen, prompt, features, completions.tokens)
     per_token = completions.sampler_logp
     batch = UpdateBatch(
         prompt=prompt,
@@ -336,10 +363,10 @@ def lower_train(
         advantages=shape_on(mesh, PartitionSpec(), (p, g), jnp.float32),
         sampler_logp=per_token,
         old_logp=None,
-        ref_logp=None if reference is None else per_token,
+        ref_logp=per_token if of_reference else None,
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    program = update_program(mesh, policy, config, optimizer, shardings)
+    program = update_program(mesh, policy, config, weights.optimizer, shardings)
     return LoweredTrain(rollout, of_reference, lower(program, state, frozen, batch))
 
 
@@ -348,18 +375,17 @@ def compile_sft(
     mesh: Mesh,
     policy: Policy,
     bucket: Size,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    frozen: Params,
+    weights: WeightPrograms,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiles the supervised step for one bucket, with one completion per prompt."""
+    state = weights.init.out_info
     prompts, length = config.sft.batch, config.rollout.max_new_tokens
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return (
-        sft_program(mesh, policy, config, optimizer, shardings)
+        sft_program(mesh, policy, config, weights.optimizer, shardings)
         .lower(
             state,
-            frozen,
+            weights.frozen,
             prompt_shapes(mesh, policy.config.vision, bucket, prompts),
             shape_on(mesh, PROMPTS, (prompts, 1, length), np.int32),
             shape_on(mesh, PROMPTS, (prompts, 1), np.int32),

@@ -22,11 +22,11 @@ from jaxgrpo.inputs import (
     describe,
     prepare,
 )
-from jaxgrpo.load import open_params, open_policy, open_processor, param_shapes, weight_steps
+from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.policy import Params
 from jaxgrpo.processes import start_processes
-from jaxgrpo.programs import cache_compilations, compile_sft, init_program, lower_publish
+from jaxgrpo.programs import cache_compilations, compile_sft, lower_weights
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
     check_divides,
@@ -34,7 +34,7 @@ from jaxgrpo.sharding import (
     put_prompts,
     say,
 )
-from jaxgrpo.update import make_optimizer, split_frozen, stop_if_not_finite
+from jaxgrpo.update import split_frozen, stop_if_not_finite
 
 
 def main(config: Config) -> None:
@@ -86,29 +86,25 @@ def main(config: Config) -> None:
 
         # ---- weights, optimiser, programs ----
         policy = open_policy(config.model, processor, temperature=1.0)
-        shapes = param_shapes(policy.config, mesh)
-        trained_shapes, frozen_shapes = split_frozen(shapes, config.model.freeze_vision)
-        optimizer = make_optimizer(config.optim, config.sft.steps)
-        init = init_program(mesh, optimizer, trained_shapes).lower(trained_shapes)
+        weights = lower_weights(config, mesh, policy, config.sft.steps, reference=False)
         frozen: Params = {}
         if run.first_step == 0 or config.model.freeze_vision:
             params = open_params(config.model, policy.config, mesh, config.seed)
             trained, frozen = split_frozen(params, config.model.freeze_vision)
             if run.first_step == 0:
-                state = init.compile()(trained)
+                state = weights.init.compile()(trained)
             del params, trained
         if run.first_step:
-            state = run.restore(init.out_info)
-        publish = lower_publish(mesh, policy, trained_shapes, frozen_shapes)
-        to_sampler = publish.compile()
+            state = run.restore(weights.init.out_info)
+        to_sampler = weights.to_sampler.compile()
         programs = {
-            number: compile_sft(
-                config, mesh, policy, bucket, optimizer, init.out_info, frozen_shapes
-            )
+            number: compile_sft(config, mesh, policy, bucket, weights)
             for number, bucket in enumerate(inputs.train.offers)
             if inputs.train.buckets[number]
         }
-        eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, publish.out_info)
+        eval_programs = evaluate.compile_eval(
+            config, mesh, policy, inputs, weights.to_sampler.out_info
+        )
 
         # ---- an evaluation that SIGTERM cut short ----
         if run.owes_evaluation:

@@ -25,7 +25,7 @@ from jax.stages import Wrapped
 from jaxgrpo.config import ConfigError, MeshSection
 from models.layers import PROMPT_AXES
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.model import weight_axes
+from models.qwen2_5_vl.model import abstract_model, weight_axes
 
 DATA, FSDP, TENSOR = *PROMPT_AXES, "tensor"
 PROMPTS = PartitionSpec(PROMPT_AXES)  # the leading axis of every batch
@@ -169,6 +169,15 @@ def param_shardings(
         lambda names: NamedSharding(mesh, PartitionSpec(*(rules[name] for name in names))),
         weight_axes(config),
         is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def param_shapes(config: ModelConfig, mesh: Mesh) -> Any:
+    """The shapes of the master weights, float32, and how they lie on the mesh."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract_model(config)[1],
+        param_shardings(config, mesh),
     )
 
 

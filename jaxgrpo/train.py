@@ -18,7 +18,7 @@ from jaxgrpo import evaluate, preemption
 from jaxgrpo.config import Config, RolloutSection
 from jaxgrpo.feed import Feed
 from jaxgrpo.inputs import PromptCollator, PromptLoader, describe, prepare
-from jaxgrpo.load import open_params, open_policy, open_processor, param_shapes, weight_steps
+from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.policy import Params
 from jaxgrpo.processes import start_processes
@@ -26,22 +26,20 @@ from jaxgrpo.programs import (
     Scores,
     answer_shapes,
     cache_compilations,
-    init_program,
-    lower_publish,
     lower_train,
+    lower_weights,
     score_program,
     truth_shapes,
 )
 from jaxgrpo.run_dir import RunDir
 from jaxgrpo.sharding import (
-    RULES,
     check_divides,
     make_mesh,
     put_prompts,
     put_scalar,
     say,
 )
-from jaxgrpo.update import UpdateBatch, make_optimizer, split_frozen, stop_if_not_finite
+from jaxgrpo.update import UpdateBatch, split_frozen, stop_if_not_finite
 from rewards.dual import truth_arrays
 from rewards.parse import parse_batch
 
@@ -88,40 +86,28 @@ def main(config: Config) -> None:
 
         # ---- weights: policy, reference, optimiser ----
         policy = open_policy(config.model, processor, temperature=config.rollout.temperature)
-        shapes = param_shapes(policy.config, mesh)
-        trained_shapes, frozen_shapes = split_frozen(shapes, config.model.freeze_vision)
-        optimizer = make_optimizer(config.optim, config.train.steps)
-        init = init_program(mesh, optimizer, trained_shapes).lower(trained_shapes)
-        publish = lower_publish(mesh, policy, trained_shapes, frozen_shapes)
-        keep = lower_publish(mesh, policy, trained_shapes, {}, RULES) if config.grpo.kl else None
+        weights = lower_weights(
+            config, mesh, policy, config.train.steps, reference=bool(config.grpo.kl)
+        )
         reference = None
         frozen: Params = {}
         if run.first_step == 0 or needs_base:
             params = open_params(config.model, policy.config, mesh, config.seed)
             trained, frozen = split_frozen(params, config.model.freeze_vision)
-            reference = keep.compile()(trained, {}) if keep else None
+            if weights.to_reference:
+                reference = weights.to_reference.compile()(trained, {})
             if run.first_step == 0:
-                state = init.compile()(trained)
+                state = weights.init.compile()(trained)
             del params, trained
         if run.first_step:
-            state = run.restore(init.out_info)
+            state = run.restore(weights.init.out_info)
 
         # ---- programs: everything is compiled before the first step ----
         started = time.perf_counter()
         say(f"compiling for prompts of at most {list(config.data.buckets)} tokens ...")
-        to_sampler = publish.compile()
+        to_sampler = weights.to_sampler.compile()
         programs = {
-            number: lower_train(
-                config,
-                mesh,
-                policy,
-                bucket,
-                optimizer,
-                init.out_info,
-                frozen_shapes,
-                publish.out_info,
-                keep.out_info if keep else None,
-            ).compile()
+            number: lower_train(config, mesh, policy, bucket, weights).compile()
             for number, bucket in enumerate(inputs.train.offers)
             if inputs.train.buckets[number]
         }
@@ -134,7 +120,9 @@ def main(config: Config) -> None:
             .lower(*score_shapes)
             .compile()
         )
-        eval_programs = evaluate.compile_eval(config, mesh, policy, inputs, publish.out_info)
+        eval_programs = evaluate.compile_eval(
+            config, mesh, policy, inputs, weights.to_sampler.out_info
+        )
         say(f"compiled in {time.perf_counter() - started:.0f} s")
 
         # ---- evaluation before the first step ----

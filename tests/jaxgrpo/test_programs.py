@@ -26,8 +26,8 @@ from jaxgrpo.programs import (
     TrainPrograms,
     answer_shapes,
     init_program,
-    lower_publish,
     lower_train,
+    lower_weights,
     prompt_shapes,
     publish_program,
     score_program,
@@ -35,7 +35,6 @@ from jaxgrpo.programs import (
 )
 from jaxgrpo.rollout import Rollout
 from jaxgrpo.sharding import (
-    RULES,
     SAMPLER_RULES,
     make_mesh,
     param_shardings,
@@ -128,28 +127,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     mesh = make_mesh(MeshSection(data=1), jax.devices()[:1])
     shardings = param_shardings(small.policy.config, mesh)
     params = jax.tree.map(lambda x, s: put_global(np.asarray(x), s), small.params, shardings)
-    optimizer = make_optimizer(CONFIG.optim, 10)
     trained, frozen = split_frozen(params, True)
-    state = init_program(mesh, optimizer, trained).lower(trained).out_info
-    publish = lower_publish(mesh, small.policy, trained, frozen)
-    keep = lower_publish(mesh, small.policy, trained, {}, RULES)
-    reference = keep.compile()(trained, {})
+    weights = lower_weights(CONFIG, mesh, small.policy, 10, reference=True)
+    assert weights.to_reference is not None
+    reference = weights.to_reference.compile()(trained, {})
 
     rng = np.random.default_rng(1)
     prompts = [random_prompt(rng, layout, vocab=VOCAB) for layout in LAYOUTS[:P]]
     bucket = bucket_of(prompts)
     with CompileCounter() as compilations:
-        programs = lower_train(
-            CONFIG,
-            mesh,
-            small.policy,
-            bucket,
-            optimizer,
-            state,
-            frozen,
-            publish.out_info,
-            keep.out_info,
-        ).compile()
+        programs = lower_train(CONFIG, mesh, small.policy, bucket, weights).compile()
     prompt = put_prompts(mesh, collate(prompts, bucket, PAD))
     return Run(small, mesh, programs, compilations, reference, frozen, prompt, prompts)
 

@@ -23,7 +23,6 @@ from jaxgrpo.config import (
     OptimSection,
     RolloutSection,
 )
-from jaxgrpo.load import param_shapes
 from jaxgrpo.policy import Params
 from jaxgrpo.programs import (
     answer_shapes,
@@ -43,6 +42,7 @@ from jaxgrpo.sharding import (
     SAMPLER_RULES,
     check_divides,
     make_mesh,
+    param_shapes,
     param_shardings,
     process_rows,
     put_global,
