@@ -39,7 +39,7 @@ from typing import Literal, NamedTuple
 
 from jaxgrpo.hlo import Matmul
 from models.qwen2_5_vl.config import ModelConfig, TextConfig, VisionConfig
-from models.qwen2_5_vl.processor import Size
+from models.qwen2_5_vl.sizes import Size
 
 
 def is_attention(matmul: Matmul) -> bool:

@@ -26,15 +26,8 @@ from data.staging import Stage
 from data.synthetic import SyntheticSpec, write_dataset
 from data.video import FrameSampling, decode, frame_count
 from jaxgrpo.config import Config, DataSection
-from models.qwen2_5_vl.processor import (
-    PixelLimits,
-    Processor,
-    ProcessorError,
-    Prompt,
-    Size,
-    Video,
-    collate,
-)
+from models.qwen2_5_vl.processor import Processor, Prompt, Video, collate
+from models.qwen2_5_vl.sizes import PixelLimits, ProcessorError, Size
 
 _SHOWN = 5  # bad items that a message names
 

@@ -16,7 +16,7 @@ from jaxgrpo.config import Config
 from jaxgrpo.sharding import DATA, FSDP, TENSOR
 from jaxgrpo.topology import GIB
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.processor import Size
+from models.qwen2_5_vl.sizes import Size
 
 
 def caches(config: Config, model: ModelConfig, bucket: Size, mesh: Mesh) -> dict[str, float]:

@@ -35,7 +35,7 @@ from jaxgrpo.programs import lower_train, lower_weights
 from jaxgrpo.sharding import DATA, FSDP, check_divides, make_mesh
 from jaxgrpo.topology import GIB, Topology, find
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.processor import Size, media_grid, media_size
+from models.qwen2_5_vl.sizes import Size, media_grid, media_size
 
 _TEXT_TOKENS = 256  # of a prompt, around its video
 _VIDEO = (720, 1280)  # height and width of the video that a plan assumes, before resizing

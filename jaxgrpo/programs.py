@@ -51,7 +51,8 @@ from jaxgrpo.update import (
     split_frozen,
 )
 from models.qwen2_5_vl.config import VisionConfig
-from models.qwen2_5_vl.processor import Prompt, Size
+from models.qwen2_5_vl.processor import Prompt
+from models.qwen2_5_vl.sizes import Size
 from rewards.dual import Truth, dual_reward
 from rewards.parse import Answers
 from rewards.weights import RewardWeights

@@ -22,7 +22,8 @@ from jaxgrpo.update import UpdateBatch
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model
 from models.qwen2_5_vl.positions import Grid
-from models.qwen2_5_vl.processor import Prompt, Size, collate
+from models.qwen2_5_vl.processor import Prompt, collate
+from models.qwen2_5_vl.sizes import Size
 from models.qwen2_5_vl.weights import load, released_tensors
 from tests.oracle import hf_model, torch_grpo
 from tests.oracle.prompts import grids, random_prompt

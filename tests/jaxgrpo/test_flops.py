@@ -33,7 +33,8 @@ from jaxgrpo.update import UpdateBatch, grpo_gradients, split_frozen
 from models.attention import attend_completions
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.positions import Grid
-from models.qwen2_5_vl.processor import Prompt, Size
+from models.qwen2_5_vl.processor import Prompt
+from models.qwen2_5_vl.sizes import Size
 from tests.jaxgrpo.aot import tpu_devices
 from tests.jaxgrpo.cases import VOCAB, SmallModel, small_model
 from tests.oracle import hf_model

@@ -34,7 +34,8 @@ from jaxgrpo.inputs import (
     prepare,
 )
 from jaxgrpo.load import open_processor
-from models.qwen2_5_vl.processor import Processor, Size, Video
+from models.qwen2_5_vl.processor import Processor, Video
+from models.qwen2_5_vl.sizes import Size
 from tests.data import clips
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import Workplace

@@ -19,7 +19,7 @@ from jaxgrpo.memory import caches, count
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.topology import GIB
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.processor import Size
+from models.qwen2_5_vl.sizes import Size
 from tests.oracle.hf_model import released_config
 
 # 3 layers of width 64, 4 query and 2 key/value heads of 16, MLP 96, vocabulary 320.

@@ -52,7 +52,7 @@ from jaxgrpo.sharding import (
 )
 from jaxgrpo.update import UpdateBatch, make_optimizer
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.processor import Size
+from models.qwen2_5_vl.sizes import Size
 from tests.jaxgrpo.cases import (
     LAYOUTS,
     TEMPERATURE,

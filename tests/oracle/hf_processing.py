@@ -29,7 +29,8 @@ from transformers.vision_utils import get_vision_window_index
 
 from data.video import FrameSampling
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.processor import Image, PixelLimits, Video
+from models.qwen2_5_vl.processor import Image, Video
+from models.qwen2_5_vl.sizes import PixelLimits
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",

@@ -16,7 +16,8 @@ from flax import nnx
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import Qwen2_5_VL, abstract_model, next_position
 from models.qwen2_5_vl.positions import Grid
-from models.qwen2_5_vl.processor import Prompt, Size, collate
+from models.qwen2_5_vl.processor import Prompt, collate
+from models.qwen2_5_vl.sizes import Size
 from models.qwen2_5_vl.weights import load
 from tests.oracle import hf_model
 from tests.oracle.prompts import grids, random_prompt

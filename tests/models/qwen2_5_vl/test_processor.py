@@ -9,28 +9,22 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from models.qwen2_5_vl.processor import (
     Grid,
     Image,
-    PixelLimits,
     Processor,
-    ProcessorError,
     Prompt,
-    Size,
     Video,
     collate,
     pack_frames,
     resize,
-    smart_resize,
 )
+from models.qwen2_5_vl.sizes import PixelLimits, ProcessorError, Size, smart_resize
 from tests.oracle import hf_processing as hf
 from tests.oracle.hf_processing import CASES, Case, image, messages, noise, video
 
@@ -144,62 +138,6 @@ def test_the_size_is_known_before_decoding(processor: Processor, case: Case):
     )
 
 
-SIDE = st.integers(1, 1500)
-
-
-@settings(max_examples=300, deadline=None)
-@given(SIDE, SIDE, st.integers(1, 400), st.integers(0, 2000))
-def test_an_image_is_resized_as_in_qwen_vl_utils(height: int, width: int, low: int, more: int):
-    low, high = low * 784, (low + more) * 784
-    module = hf.qwen_vl_utils()
-    try:
-        expected = module.smart_resize(height, width, 28, low, high)
-    except ValueError:
-        with pytest.raises(ProcessorError, match="aspect ratio above 200"):
-            smart_resize(height, width, 28, low, high)
-        return
-    # qwen_vl_utils can round a side down to nothing; transformers keeps one factor, and so do we.
-    assert smart_resize(height, width, 28, low, high) == tuple(max(28, side) for side in expected)
-
-
-def test_half_way_sides_round_to_even():
-    assert smart_resize(70, 98, 28, 784, 10**6) == (56, 112)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.integers(28, 1500), st.integers(28, 1500), st.integers(1, 384), st.integers(1, 200),
-    st.integers(1, 60_000),
-)  # fmt: skip
-def test_a_video_is_limited_as_in_qwen_vl_utils(
-    height: int, width: int, pairs: int, low: int, total: int
-):
-    limits = PixelLimits(min_pixels=low * 784, total_pixels=total * 784)
-    recorded = []
-
-    def record(frames: torch.Tensor, size: list[int], **_: Any) -> torch.Tensor:
-        recorded.append(tuple(max(28, side) for side in size))
-        return torch.empty(0)
-
-    hf.fetch_video(
-        torch.zeros(1, dtype=torch.uint8).expand(2 * pairs, 3, height, width), limits, resize=record
-    )
-    assert _sized(height, width, 2 * pairs, limits) == recorded[0]
-
-
-def _sized(height: int, width: int, frames: int, limits: PixelLimits) -> tuple[int, int]:
-    return smart_resize(height, width, 28, limits.min_pixels, limits.frame_maximum(frames, 2))
-
-
-def test_the_default_limits_are_those_of_qwen_vl_utils_for_video():
-    module = hf.qwen_vl_utils()
-    assert PixelLimits() == PixelLimits(
-        module.VIDEO_MIN_TOKEN_NUM * 28**2,
-        module.VIDEO_MAX_TOKEN_NUM * 28**2,
-        round(module.MODEL_SEQ_LEN * 28**2 * 0.9),
-    )
-
-
 def test_more_frames_get_fewer_pixels_each(directory: Path):
     # The released training script: at most 2,048 video tokens.
     limits = PixelLimits(min_pixels=3_136, max_pixels=768 * 784, total_pixels=1_605_632)
@@ -237,7 +175,8 @@ def test_a_resized_video_is_as_close_to_qwen_vl_utils_as_pil_gets(height: int, w
     limits = PixelLimits(min_pixels=100 * 784, total_pixels=250 * 784)
     expected = hf.fetch_video(torch.from_numpy(frames).permute(0, 3, 1, 2), limits)
     expected = expected.permute(0, 2, 3, 1).numpy()
-    ours = resize(frames, *_sized(height, width, 4, limits))
+    size = smart_resize(height, width, 28, limits.min_pixels, limits.frame_maximum(4, 2))
+    ours = resize(frames, *size)
     assert ours.shape == expected.shape
     difference = np.abs(ours.astype(np.float32) - expected)
     assert difference.mean() < 0.25
@@ -475,7 +414,7 @@ def test_a_worker_process_imports_neither_torch_nor_jax(processor: Processor, tm
     script = """
 import pickle, sys
 import numpy as np
-from models.qwen2_5_vl.processor import Image, Processor, Video, collate
+from models.qwen2_5_vl.processor import (Image, Processor, Video, collate)
 processor = pickle.load(open(sys.argv[1], "rb"))
 content = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "What happens?"}]
 clip = Video(np.zeros((5, 90, 120, 3), np.uint8), 0.5)
