@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data import storage
-from data.packing import PackError, pack
+from data.packing import pack
 from data.pipeline import Batch, batches
 from data.probe import Clips, Encoded, Probe, VideoError, probe
 from data.records import ManifestError, Record, write_manifest
@@ -186,10 +186,3 @@ def test_what_is_wrong_with_a_packed_dataset_is_said(packed: Path, tmp_path: Pat
     (packed / RECORDS).write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ManifestError, match="record '1' has no valid field 'packed'"):
         opened(str(packed), ".")
-
-
-def test_nothing_to_pack_is_an_error(root: Path, tmp_path: Path) -> None:
-    source = plain(root)
-    bad = Source(source.records[5:], source.clips)
-    with pytest.raises(PackError, match="none of the 1 clips can be read"):
-        pack(bad, tmp_path / "out", "train", 1 << 20, 1)

@@ -129,7 +129,7 @@ def test_long_clips_of_small_frames_share_a_bucket_with_short_clips_of_large_one
     [bucket] = train.offers
     assert (bucket.frames, bucket.frame_patches) == (3, 24 * 24)  # 16 frames of `long` in a row
 
-    load = PromptLoader(processor, train.records, config.data)
+    load = PromptLoader(processor, train.records, config.data, train.clips)
     prompts = [load(0), load(1)]
     table = PromptCollator(train.offers, processor.pad_id)(prompts, 0).frame_index
     assert table.size <= 2 * (short.patches + long.patches) + 2 * bucket.frame_patches
