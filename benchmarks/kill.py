@@ -75,7 +75,8 @@ def killed_runs(
     while True:
         run_dir = folder / str(len(found))
         process = tiny_run.start(
-            place, "train", str(place.config), f"run_dir={run_dir}", *overrides
+            *("train", str(place.config), f"run_dir={run_dir}", tiny_run.remembering(place)),
+            *overrides,
         )
         if len(log) < kills:
             early = draw.random() < 0.25

@@ -13,10 +13,14 @@ P prompts in a step, R of them (`rows`) on this host.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, Final, Generic, NamedTuple, Self, TypeVar
 
 # Grain 0.2.18 imports jax on its own, in worker processes too; nothing here uses it.
@@ -149,8 +153,21 @@ def _read_ahead(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags when it starts workers
     return dataset.to_iter_dataset(grain.ReadOptions(readers, readers)).mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead),
+        worker_init_fn=_end_with_parent,
     )
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Lets this worker process end when its parent was killed; Grain's would read on for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 class Batches(Iterator[Batch]):
@@ -230,6 +247,11 @@ class _Ahead:
         return made
 
     def _make(self) -> None:
+        if self._workers:
+            # Worker processes, which are started from here, inherit this: a SIGTERM to the whole
+            # process group, as at a shutdown, leaves them to the last steps before the save.
+            resource_tracker.ensure_running()  # starting it later would undo the next line
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         made: Batch | BaseException | None = None
         while not isinstance(made, BaseException):
             with self._changed:

@@ -174,17 +174,21 @@ class Checkpoints:
         self.close()
 
 
-def read_part(run_dir: str | Path, abstract_part: dict[str, Any]) -> dict[str, Any]:
-    """Reads some top-level entries of the state in a run's newest sound checkpoint, and only those.
+def read_part(
+    run_dir: str | Path, abstract_part: dict[str, Any], step: int | None = None
+) -> dict[str, Any]:
+    """Reads some top-level entries of the state in a run's checkpoint, and only those.
 
     Args:
       abstract_part: for example {"params": ...}, as for `Checkpoints.restore`.
+      step: of the checkpoint; None is the newest that is not damaged.
 
     Raises:
-      ConfigError: there is no checkpoint, or none that is not damaged.
+      ConfigError: there is no checkpoint, or none that is not damaged; see `check_step`.
     """
-    step = latest_step(run_dir)
-    if step is None:
+    if step is not None:
+        check_step(run_dir, step)
+    elif (step := latest_step(run_dir)) is None:
         raise ConfigError(f"{run_dir} holds no checkpoint yet: let the run reach its first one")
     with _open(run_dir, ocp.CheckpointManagerOptions(create=False)) as manager:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_part)
@@ -231,20 +235,42 @@ def latest_step(run_dir: str | Path) -> int | None:
     damage: dict[int, list[str]] = {}
     for step in reversed(gather_objects(_steps(run_dir))[0]):
         folder = _folder(run_dir) / str(step)
-        share = (jax.process_index(), jax.process_count())
-        verdicts = [manifest.Verdict(*x) for x in gather_objects(manifest.check(folder, "", share))]
-        lines = [line for verdict in verdicts for line in verdict.damage]
-        damage[step] = list(dict.fromkeys(lines))  # all read the manifest
+        damage[step] = _damage(folder)
         if not damage[step]:
-            if not verdicts[0].manifest:
-                say(f"{folder} has no manifest (killed as it was saved?): used unverified")
-            elif not verdicts[0].hashed:
-                say(f"{folder}: sizes checked, no hashes taken (checkpoint.hash_gib)")
             return step
         say(f"{folder} is damaged and passed over: {'; '.join(damage[step])}")
     if damage:
         raise ConfigError(_all_damaged(run_dir, damage))
     return None
+
+
+def check_step(run_dir: str | Path, step: int) -> None:
+    """Makes sure that a run has kept the checkpoint of a step.
+
+    Raises:
+      ConfigError: it has not, and which it has; or that one is damaged.
+    """
+    kept = gather_objects(_steps(run_dir))[0]
+    if step not in kept:
+        raise ConfigError(
+            f"{run_dir} holds no checkpoint of step {step}: it has kept "
+            f"{', '.join(map(str, kept)) or 'none'}"
+        )
+    folder = _folder(run_dir) / str(step)
+    if damage := _damage(folder):
+        raise ConfigError(f"{folder} is damaged: {'; '.join(damage)}; choose another step")
+
+
+def _damage(folder: epath.Path) -> list[str]:
+    """What is wrong with a checkpoint. Each process checks its share of the files."""
+    share = (jax.process_index(), jax.process_count())
+    verdicts = [manifest.Verdict(*x) for x in gather_objects(manifest.check(folder, "", share))]
+    lines = [line for verdict in verdicts for line in verdict.damage]
+    if not lines and not verdicts[0].manifest:
+        say(f"{folder} has no manifest (killed as it was saved?): used unverified")
+    elif not lines and not verdicts[0].hashed:
+        say(f"{folder}: sizes checked, no hashes taken (checkpoint.hash_gib)")
+    return list(dict.fromkeys(lines))  # all read the manifest
 
 
 def check_identity(saved: Mapping[str, Any], config: Config, command: Command) -> None:

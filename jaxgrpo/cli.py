@@ -38,6 +38,7 @@ class ExportOptions:
     """The `key=value` options of `jaxgrpo export`."""
 
     dtype: Literal["source", "bfloat16", "float32"] = "source"
+    step: int | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,8 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "overrides",
         nargs="*",
-        metavar="dtype=TYPE",
-        help="source (the default: each weight's own type), bfloat16 or float32",
+        metavar="key=value",
+        help="dtype: source (the default: each weight's own type), bfloat16 or float32; step: of "
+        "the run's checkpoint (the default: the newest)",
     )
     return parser
 
@@ -129,7 +131,7 @@ def _run(options: argparse.Namespace) -> int:
         chosen = strict_yaml.build(ExportOptions, raw, "jaxgrpo export")
         from jaxgrpo import export
 
-        export.main(options.source, options.out, chosen.dtype)
+        export.main(options.source, options.out, chosen.dtype, chosen.step)
         return 0
     settings = config.load(options.config, options.overrides)
     if options.command == "plan":

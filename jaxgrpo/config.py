@@ -344,11 +344,18 @@ class Config:
     log: LogSection = field(default_factory=LogSection, metadata=_RESUMABLE)
     compilation_cache: str = field(
         default="", metadata=_RESUMABLE
-    )  # folder or bucket path that keeps compiled programs for the next start; empty: none
+    )  # folder or bucket path that keeps compiled programs for the next start ("{run_dir}" in it is
+    # that key's value, and all hosts of a job should see it); empty: none
 
     def __post_init__(self) -> None:
         _check("run_dir", self.run_dir, bool(self.run_dir), "the folder of the run")
         _check("seed", self.seed, 0 <= self.seed < 2**31, "a number from 0 to 2147483647")
+        _check(
+            "compilation_cache",
+            self.compilation_cache,
+            not set("{}") & set(self.compilation_cache.replace("{run_dir}", "")),
+            "a folder or bucket path, with no other braces than {run_dir}",
+        )
         if self.data.synthetic is None and not (self.data.train or self.data.eval):
             raise ConfigError(
                 "no data: set data.train and data.eval to JSONL manifests (`eval` needs only the "

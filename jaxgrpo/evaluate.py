@@ -58,7 +58,7 @@ THRESHOLDS = (0.3, 0.5, 0.7)  # of R1@IoU, as in temporal grounding
 def main(config: Config) -> None:
     """`jaxgrpo eval CONFIG`: scores `model.path`, a model directory or a run; prints a table."""
     start_processes(config)
-    cache_compilations(config.compilation_cache)
+    cache_compilations(config)
     mesh = make_mesh(config.mesh)
     processor = open_processor(config)
     sizes = {"eval.batch": config.eval.batch}

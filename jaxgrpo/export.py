@@ -42,7 +42,9 @@ class ExportError(ValueError):
     """A source that cannot be exported, or a place that cannot be exported to."""
 
 
-def main(source: str | Path, out: str | Path, dtype: ExportDtype = "source") -> None:
+def main(
+    source: str | Path, out: str | Path, dtype: ExportDtype = "source", step: int | None = None
+) -> None:
     """Exports a run or a model directory and says how to load the result.
 
     Args:
@@ -50,9 +52,11 @@ def main(source: str | Path, out: str | Path, dtype: ExportDtype = "source") -> 
         which may be in a bucket.
       out: the directory to make; nothing or an empty directory may be there.
       dtype: of every weight; "source" writes each in the type that the model directory has it in.
+      step: of the run's checkpoint; None is the newest.
 
     Raises:
-      ExportError: `source` is neither, or `out` is taken.
+      ExportError: `source` is neither, or a model directory with `step`, or `out` is taken.
+      ConfigError: the run has no checkpoint, or none of `step`.
       FileNotFoundError, ModelConfigError, WeightError, StorageError: the model directory cannot be
         read.
     """
@@ -61,9 +65,11 @@ def main(source: str | Path, out: str | Path, dtype: ExportDtype = "source") -> 
         source = model_directory(source) if is_url(source) else Path(source)
     if is_run(source):
         _check_free(out)  # before the checkpoint is read
-        params, base_directory = restore_params(source)
+        params, base_directory = restore_params(source, step)
         files = export_params(params, ModelConfig.load(base_directory), base_directory, out, dtype)
     elif (Path(source) / "config.json").is_file():
+        if step is not None:
+            raise ExportError(f"{source} is a model directory, which has no steps: leave step out")
         files = export_model(source, out, dtype)
     else:
         raise ExportError(

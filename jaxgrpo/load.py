@@ -140,13 +140,16 @@ def weight_steps(path: str | Path) -> list[int | None]:
     return [latest_step(path), *(weight_steps(base.path) if base.freeze_vision else [])]
 
 
-def load_params(path: str | Path, config: ModelConfig, shardings: Any) -> Params:
-    """Float32 weights of a model directory or of a run's newest checkpoint.
+def load_params(
+    path: str | Path, config: ModelConfig, shardings: Any, step: int | None = None
+) -> Params:
+    """Float32 weights of a model directory or of a run's checkpoint.
 
     Args:
       shardings: where the weights lie, by "text" and "vision"; only what it names is read.
+      step: of the run's checkpoint; None is the newest.
 
-    Raises: as `open_params`.
+    Raises: as `open_params`; also ConfigError, the run has not kept that step.
     """
     if not is_run(path):
         return load(model_directory(path), config, shardings=shardings)
@@ -161,7 +164,7 @@ def load_params(path: str | Path, config: ModelConfig, shardings: Any) -> Params
         for name in trained
         if name in shardings
     }
-    params = read_part(path, {"params": like})["params"] if like else {}
+    params = read_part(path, {"params": like}, step)["params"] if like else {}
     frozen = {name: where for name, where in shardings.items() if name not in trained}
     if not frozen:
         return params
@@ -170,9 +173,13 @@ def load_params(path: str | Path, config: ModelConfig, shardings: Any) -> Params
     return params | load_params(base.path, config, frozen)
 
 
-def restore_params(run_dir: str | Path) -> tuple[Params, Path]:
-    """(all weights of a run's newest checkpoint, the model directory it began from), for export."""
+def restore_params(run_dir: str | Path, step: int | None = None) -> tuple[Params, Path]:
+    """(all weights of a run's checkpoint, the model directory it began from), for export.
+
+    Args:
+      step: see `load_params`.
+    """
     directory = model_directory(run_dir)
     config = ModelConfig.load(directory)
     mesh = make_mesh(MeshSection(), jax.local_devices()[:1])
-    return load_params(run_dir, config, param_shardings(config, mesh)), directory
+    return load_params(run_dir, config, param_shardings(config, mesh), step), directory

@@ -37,6 +37,7 @@ from jaxgrpo.sharding import (
     jit_on,
     param_shapes,
     param_shardings,
+    say,
     shape_on,
     shardings_like,
 )
@@ -67,14 +68,22 @@ class Scores(NamedTuple):
     zero_variance: Array  # bool[P]
 
 
-def cache_compilations(path: str) -> None:
-    """Keeps compiled programs under a folder or bucket path, if one is given, for the next start.
+def cache_compilations(config: Config) -> None:
+    """Keeps compiled programs where `config.compilation_cache` says, if anywhere.
 
     A restarted job then reads them instead of compiling again. jax names them by program, compiler
-    and devices, so that one folder serves all runs; process 0 writes.
+    and devices, so that one folder can serve all runs; process 0 writes.
     """
-    if path:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(path))
+    path = config.compilation_cache.replace("{run_dir}", config.run_dir)
+    if not path:
+        return
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # There process 0 alone was seen to find its programs again; the others compile for minutes.
+        say("compilation_cache is not used: this is a job of several processes on CPU")
+        return
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(path))
+    # All of them, for a run has few; jax would leave out those that compile within a second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 # ---- what each program computes ----

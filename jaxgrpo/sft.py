@@ -41,7 +41,7 @@ def main(config: Config) -> None:
     """Trains on the targets, evaluates, and leaves a run directory."""
     # ---- machine ----
     start_processes(config)
-    cache_compilations(config.compilation_cache)
+    cache_compilations(config)
     mesh = make_mesh(config.mesh)
     prompts, length = config.sft.batch, config.rollout.max_new_tokens
     if prompts % config.optim.accumulate:

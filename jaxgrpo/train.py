@@ -48,7 +48,7 @@ def main(config: Config) -> None:
     """Evaluates, trains and evaluates again; leaves a run directory to resume, read and export."""
     # ---- machine: processes, mesh ----
     start_processes(config)
-    cache_compilations(config.compilation_cache)
+    cache_compilations(config)
     mesh = make_mesh(config.mesh)
     prompts = config.rollout.prompts
     if note := off_policy_note(config.rollout):

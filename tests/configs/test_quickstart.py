@@ -19,8 +19,8 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("quickstart")
     finished = tiny_run.wait(
         tiny_run.start(
-            place,
-            *("train", str(CONFIG), f"run_dir={folder / 'run'}", f"data.root={folder / 'clips'}"),
+            *("train", str(CONFIG), tiny_run.remembering(place)),
+            *(f"run_dir={folder / 'run'}", f"data.root={folder / 'clips'}"),
             *("data.synthetic.train_clips=12", "data.synthetic.eval_clips=12"),
             *("train.steps=2", "eval.batch=12"),
         )

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -223,6 +226,42 @@ def test_a_worker_that_fails_or_dies_blocks_nobody(
 ) -> None:
     with pytest.raises(expected, match=message):
         run(loader, threads=1, workers=1)
+
+
+# Its process group, workers included, is told to end from before they start on; it reads on, and
+# then it is killed.
+TOLD = """
+import os, signal, threading, time
+from tests.data.test_pipeline import batches, collate, load, plan_of
+signal.signal(signal.SIGTERM, lambda *_: None)
+
+def tell():
+    while True:
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(0.02)
+
+threading.Thread(target=tell, daemon=True).start()
+steps = batches(plan_of(), load, collate, start_step=0, num_steps=99, threads=1, workers=1)
+print([next(steps).step for _ in range(3)], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_outlive_sigterm_to_their_group_but_not_their_parent() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TOLD],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        # The pipe is closed by the last process that holds it: the worker.
+        told, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert (told, process.returncode) == ("[0, 1, 2]\n", -signal.SIGKILL)
 
 
 def test_a_mistake_in_collate_names_the_step() -> None:

@@ -347,8 +347,10 @@ def test_a_missing_and_a_shortened_file_are_noticed(
 
 def test_the_checkpoint_before_a_damaged_one_is_used(saved: Path) -> None:
     flip(saved / CHECKPOINTS / "2" / "config" / "metadata")
-    part = read_part(saved, {"params": abstract(state((2, 2, 2)))["params"]})
-    assert bits(part) == bits({"params": state((2, 2, 2), 1)["params"]})
+    like = {"params": abstract(state((2, 2, 2)))["params"]}
+    assert bits(read_part(saved, like)) == bits({"params": state((2, 2, 2), 1)["params"]})
+    with pytest.raises(ConfigError, match="2 is damaged: .*metadata.*; choose another step"):
+        read_part(saved, like, step=2)  # asked for by name
     identity = read_identity(saved)
     assert identity is not None and identity["command"] == "train"
     with Checkpoints(config(saved), "train") as checkpoints:
@@ -411,3 +413,8 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
         checkpoints.save(6, state((8, 1, 1), 6), {}, {"tvg/mIoU": 0.6})
         checkpoints.save(7, state((8, 1, 1), 7), {}, {"tvg/mIoU": 0.1})
     assert found(tmp_path) == ["6", "7"]
+    like = {"params": abstract(state((2, 2, 2)))["params"]}
+    kept = bits({"params": state((2, 2, 2), 6)["params"]})
+    assert bits(read_part(tmp_path, like, step=6)) == kept
+    with pytest.raises(ConfigError, match="holds no checkpoint of step 2: it has kept 6, 7"):
+        read_part(tmp_path, like, step=2)

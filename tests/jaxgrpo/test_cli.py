@@ -49,15 +49,15 @@ def test_a_command_runs_its_module_with_the_overridden_config(
 
 
 @pytest.mark.parametrize("dtype", ["source", "float32", "bfloat16"])
-def test_export_takes_a_source_a_place_and_a_type(
+def test_export_takes_a_source_a_place_a_type_and_a_step(
     dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[str, str, str]] = []
+    seen: list[tuple[str, str, str, int | None]] = []
     stand_in(monkeypatch, "export", lambda *arguments: seen.append(arguments))
-    assert cli.main(["export", "runs/a", "out", f"dtype={dtype}"]) == 0
-    assert seen == [("runs/a", "out", dtype)]
+    assert cli.main(["export", "runs/a", "out", f"dtype={dtype}", "step=40"]) == 0
+    assert seen == [("runs/a", "out", dtype, 40)]
     cli.main(["export", "runs/a", "out"])
-    assert seen[1] == ("runs/a", "out", "source")
+    assert seen[1] == ("runs/a", "out", "source", None)
 
 
 @pytest.mark.parametrize(

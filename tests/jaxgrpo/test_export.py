@@ -379,12 +379,12 @@ def test_a_run_is_exported_from_its_checkpoint(
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
 
-    def restore_params(run_dir: Path) -> tuple[Any, Path]:
-        assert run_dir == run
+    def restore_params(run_dir: Path, step: int | None) -> tuple[Any, Path]:
+        assert (run_dir, step) == (run, 40)
         return params, base
 
     monkeypatch.setattr(export, "restore_params", restore_params)
-    export.main(str(run), str(tmp_path / "out"), "float32")
+    export.main(str(run), str(tmp_path / "out"), "float32", step=40)
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out", config), params)
 
 
@@ -399,6 +399,12 @@ def test_a_taken_place_is_refused_before_a_checkpoint_is_read(tmp_path: Path) ->
 def test_a_source_that_is_neither_says_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="neither a run directory .* nor a model directory"):
         export.main(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_a_model_directory_has_no_steps(tmp_path: Path) -> None:
+    source = model_directory(tmp_path / "source")
+    with pytest.raises(ExportError, match="source is a model directory, which has no steps"):
+        export.main(source, tmp_path / "out", step=2)
 
 
 def test_a_quantised_model_is_refused(tmp_path: Path) -> None:

@@ -220,7 +220,8 @@ def test_a_recipe_is_a_config_that_states_its_shapes(path: Path) -> None:
     rollout = config.rollout
     stated = f"P {rollout.prompts}, G {rollout.group}, S {config.data.buckets[-1]}"
     assert f"{stated}, C {rollout.max_new_tokens}" in first
-    assert config.compilation_cache and Path(config.run_dir).name == path.stem
+    assert config.compilation_cache == "{run_dir}/compiled"
+    assert Path(config.run_dir).name == path.stem
 
 
 def test_the_3b_recipes_have_the_released_scripts_settings() -> None:

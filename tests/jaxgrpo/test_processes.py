@@ -270,6 +270,7 @@ def test_two_processes_of_which_0_is_killed_go_on_when_restarted_and_equal_one(
     assert_equals_one_process(run_dir, reference)
     assert "wrote" in first.out and "wrote" not in second.out and "tvg/mIoU" not in second.out
     assert "process 1 of 2 is on" in second.out
+    assert "compilation_cache is not used" in first.out
     counted = [line["compilations"] for line in tiny_run.lines(run_dir, "train")]
     # Between the saves: at a first one Orbax compiles copies between devices.
     assert [a == b for a, b in zip(counted[::2], counted[1::2], strict=True)] == [True] * 3

@@ -25,6 +25,7 @@ from jaxgrpo.policy import Params
 from jaxgrpo.programs import (
     TrainPrograms,
     answer_shapes,
+    cache_compilations,
     init_program,
     lower_train,
     lower_weights,
@@ -143,6 +144,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def leaves(tree: Any) -> list[np.ndarray]:
     return [np.array(x) for x in jax.tree.leaves(tree)]
+
+
+# ---- the cache ----
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("", None),
+        ("/shared/compiled", "/shared/compiled"),
+        ("~/compiled", "/home/me/compiled"),
+        ("{run_dir}/compiled", "gs://bucket/runs/1/compiled"),
+    ],
+)
+def test_compiled_programs_are_kept_where_the_config_says(
+    path: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates: dict[str, Any] = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    monkeypatch.setenv("HOME", "/home/me")
+    model, data = ModelSection("m"), DataSection(train="t")
+    cache_compilations(Config("gs://bucket/runs/1", model, data, compilation_cache=path))
+    assert updates.get("jax_compilation_cache_dir") == expected
 
 
 # ---- executables ----

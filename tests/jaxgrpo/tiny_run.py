@@ -199,8 +199,13 @@ def started(place: Workplace) -> list[str]:
 # ---- processes ----
 
 
-def environment(place: Workplace, devices: int = 1) -> dict[str, str]:
-    """Of a process with so many CPU devices, whose compilations the session remembers."""
+def remembering(place: Workplace) -> str:
+    """An override with which runs in processes of their own share what they compile."""
+    return f"compilation_cache={place.folder / 'compiled'}"
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """Of a process with so many CPU devices."""
     flags = (
         f"--xla_force_host_platform_device_count={devices}",
         "--xla_backend_optimization_level=0",  # compiling is what takes time here
@@ -209,9 +214,6 @@ def environment(place: Workplace, devices: int = 1) -> dict[str, str]:
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),
-        "JAX_COMPILATION_CACHE_DIR": str(place.folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -224,7 +226,6 @@ class Finished(NamedTuple):
 
 
 def start(
-    place: Workplace,
     *arguments: str,
     devices: int = 1,
     module: str = "jaxgrpo.cli",
@@ -234,7 +235,7 @@ def start(
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env=environment(place, devices) | (env or {}),
+        env=environment(devices) | (env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -268,15 +269,17 @@ def run(
     Args:
       kill: a point to be killed at, see `arm`.
       term: a point to get SIGTERM at.
-      counts: where to write how often each program was compiled.
+      counts: where to write how often each program was compiled or read from the cache, and the
+        number of those read, as [{program: times}, read].
       code: the exit code expected; by default that of success, of SIGKILL, or of preemption.
     """
-    arguments = [command, str(place.config), f"run_dir={run_dir}", *overrides]
+    config = [str(place.config), f"run_dir={run_dir}", remembering(place)]
+    arguments = [command, *config, *overrides]
     module = "jaxgrpo.cli"
     if kill or term or counts:
         module = "tests.jaxgrpo.tiny_run"
         arguments = [f"--kill={kill}", f"--term={term}", f"--counts={counts or ''}", *arguments]
-    finished = wait(start(place, *arguments, devices=devices, module=module))
+    finished = wait(start(*arguments, devices=devices, module=module))
     usual = -signal.SIGKILL if kill else PREEMPTED if term else 0
     assert finished.code == (usual if code is None else code), finished.out
     return finished
@@ -314,20 +317,17 @@ def start_processes(
     port = free_port()
     return [
         start(
-            place,
             f"--kill={kill[1] if index == kill[0] else ''}",
             f"--term={term[1] if index == term[0] else ''}",
             f"--late={index / 2}",
             *options(index),
-            *(command, str(place.config), f"run_dir={run_dir}", *overrides),
+            *(command, str(place.config), f"run_dir={run_dir}", remembering(place), *overrides),
             module="tests.jaxgrpo.tiny_run",
             devices=devices,
             env={
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(index),
-                # Process 0 alone fills the cache, and would be minutes ahead on a busy machine.
-                "JAX_ENABLE_COMPILATION_CACHE": "false",
             },
         )
         for index in range(count)
@@ -480,6 +480,8 @@ def main() -> int:
     parser.add_argument("--sees-whole", action="store_true")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     options = parser.parse_args()
+    import jax
+
     from jaxgrpo import cli, processes
     from jaxgrpo.metrics import CompileCounter
 
@@ -494,10 +496,13 @@ def main() -> int:
         lie_on_a_torus()
     if options.sees_whole:
         see_whole()
+    events = collections.Counter[str]()
+    jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
     with CompileCounter() as counter:
         code = cli.main(options.rest)
     if options.counts:
-        Path(options.counts).write_text(json.dumps(counter.counts))
+        read = events["/jax/compilation_cache/cache_hits"]
+        Path(options.counts).write_text(json.dumps([counter.counts, read]))
     return code
 
 
