@@ -34,7 +34,7 @@ def test_the_defaults_are_those_of_the_papers_script() -> None:
     ("override", "expected"),
     [
         ("rollout.group=1", "rollout.group is 1, expected 2 or more: a group of one has no advan"),
-        ("compilation_cache={rundir}/x", "compilation_cache is '{rundir}/x', expected a folder"),
+        ("compilation_cache='{rundir}/x'", "compilation_cache is '{rundir}/x', expected a folder"),
         ("rollout.temperature=0", "rollout.temperature is 0.0, expected more than 0"),
         ("rollout.top_p=0", "rollout.top_p is 0.0, expected more than 0 and at most 1"),
         ("rollout.top_p=1.5", "rollout.top_p is 1.5"),
