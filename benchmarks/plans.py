@@ -190,12 +190,14 @@ def write(plans: dict[str, dict[str, Any]]) -> None:
         "\n## What moves between devices\n",
         "GiB of results per device in one execution of a program, and how often.\n",
         *transfer_rows(plans),
-        "\n## Weak scaling on paper\n",
-        "The 7B recipe with half a prompt per chip, on more and more chips. Per chip.\n",
-        *scaling_rows(plans),
-        "",
     ]
-    TABLE.write_text("\n".join(parts))
+    if any(case.name in plans for case in WEAK_SCALING):
+        parts += [
+            "\n## Weak scaling on paper\n",
+            "The 7B recipe with half a prompt per chip, on more and more chips. Per chip.\n",
+            *scaling_rows(plans),
+        ]
+    TABLE.write_text("\n".join(parts) + "\n")
 
 
 def main() -> None:
