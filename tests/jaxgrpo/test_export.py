@@ -379,8 +379,8 @@ def test_a_run_is_exported_from_its_checkpoint(
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
 
-    def restore_params(run_dir: Path, step: int | None) -> tuple[Any, Path]:
-        assert (run_dir, step) == (run, 40)
+    def restore_params(run_dir: str, step: int | None) -> tuple[Any, Path]:
+        assert (run_dir, step) == (str(run), 40)
         return params, base
 
     monkeypatch.setattr(export, "restore_params", restore_params)

@@ -155,8 +155,9 @@ def test_a_rollout_executes_the_formula(small: SmallModel) -> None:
 @pytest.mark.parametrize("step", [CHUNKED, FROZEN])
 def test_a_reference_pass_executes_the_formula(small: SmallModel, step: Step) -> None:
     policy, mesh, prompt, features = shapes_of(small, step)
+    trained, frozen = split_frozen(small.params, step.freeze_vision)
     lowered = reference_program(mesh, policy).lower(
-        small.params, prompt, features, completions(step)
+        trained, frozen, prompt, features, completions(step)
     )
     check(executed(lowered, policy.config), reference_flops(policy.config, step))
 
