@@ -37,6 +37,8 @@ from jaxgrpo.topology import GIB, Topology, find
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.sizes import Size, media_grid, media_size
 
+# XLA words it in two ways: "Used 20.1G of 15.7G hbm", "... (35.7G) exceeds available HBM".
+_ASKED = re.compile(r"(?:Used |\()([\d.]+)([KMG])(?: of|\) exceeds)")
 _TEXT_TOKENS = 256  # of a prompt, around its video
 _VIDEO = (720, 1280)  # height and width of the video that a plan assumes, before resizing
 _SECONDS = (8, 30, 120)  # its lengths; a bucket offers the most that any of them needs
@@ -224,7 +226,7 @@ def _compiled(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        asked = re.search(r"Used ([\d.]+)([KMG]) of", str(error))
+        asked = _ASKED.search(str(error))
         scale = {"K": 2**-20, "M": 2**-10, "G": 1.0}
         return ProgramPlan(
             name,

@@ -126,7 +126,7 @@ def expected_programs(buckets: int, kl: bool, resumed: bool = False) -> collecti
             "jit(reference)": buckets * kl,
             "jit(update)": buckets,
             "jit(score)": 2,  # of G and of one
-            "jit(publish)": 1,
+            "jit(publish)": 1 + kl,  # to the sampler; to the reference
             "jit(init)": not resumed,  # the first training state
         }
     )

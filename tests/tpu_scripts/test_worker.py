@@ -14,7 +14,8 @@ STEPS = "trap 'exit 75' TERM; touch ~/ready; while true; do sleep 0.05; done"
 
 @pytest.fixture
 def worker(cloud: Cloud) -> Cloud:
-    """A worker whose home is the cloud's own folder."""
+    """A worker whose home is the cloud's own folder; its clone has no environment of its own."""
+    cloud.use_own_clone()
     (cloud.root / "plan").touch()
     return cloud
 
