@@ -26,6 +26,7 @@ from data.storage import (
     cache_folder,
     digest,
     fetch,
+    gib,
     identify,
     identify_all,
     is_url,
@@ -64,9 +65,11 @@ def open_source(
       StorageError: a bucket cannot be used, or the stage is missing or too small.
     """
     if is_url(manifest) and not manifest.endswith(".jsonl"):
-        return _open_packed(_staged(manifest, stage, threads, say), manifest)
+        files = _packed_files(manifest)
+        folder = _staged(manifest, files, stage, threads, say)
+        return _open_packed(folder, manifest, files)
     if not is_url(manifest) and Path(manifest).is_dir():
-        return _open_packed(Path(manifest), manifest)
+        return _open_packed(Path(manifest), manifest, {})
     records = read_manifest(manifest, root)
     return Source(records, BucketClips(root, stage) if is_url(root) else FolderClips(root))
 
@@ -172,14 +175,14 @@ class PackedClips:
       origin: the folder or address that the user named.
       places: by video; those that could not be read when it was packed are not in it.
       findings: by video, as the probe cache holds them.
-      shards: of a dataset that came from a bucket, what each file is.
+      remote: of a dataset that came from a bucket, what each file is.
     """
 
     folder: Path
     origin: str
     places: dict[str, Packed]
     findings: dict[str, dict[str, Any]]
-    shards: dict[str, Identity]
+    remote: dict[str, Identity]
 
     def name(self, video: str) -> str:
         return f"{video} in {self.origin}"
@@ -198,12 +201,16 @@ class PackedClips:
         try:
             return self._read(video, place)
         except VideoError:
-            if place.shard not in self.shards:
+            if not self.remote:
                 raise
         # A staged shard is damaged or gone: fetched again, once in each process.
         with _mending:
-            _fetch_again(self.origin, str(self.folder), place.shard, self.shards[place.shard])
-        return self._read(video, place)
+            _data_source.cache_clear()
+            try:
+                return self._read(video, place)  # another thread or process was faster
+            except VideoError:
+                _fetch_again(self.origin, str(self.folder), place.shard, self.remote[place.shard])
+            return self._read(video, place)
 
     def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
         return {
@@ -258,7 +265,7 @@ def _fetch_again(url: str, folder: str, shard: str, identity: Identity) -> None:
     _data_source.cache_clear()
 
 
-def _open_packed(folder: Path, origin: str) -> Source:
+def _open_packed(folder: Path, origin: str, remote: dict[str, Identity]) -> Source:
     if not (folder / RECORDS).is_file():
         raise ManifestError(
             f"{origin}: expected a JSONL manifest, or a folder that `jaxgrpo pack` wrote; found a "
@@ -281,16 +288,12 @@ def _open_packed(folder: Path, origin: str) -> Source:
     for shard in sorted({place.shard for place in places.values()}):
         if not (folder / shard).is_file():
             raise ManifestError(f"{origin}: the shard {shard} is missing: copy the folder again")
-    shards = {}
-    if is_url(origin):
-        listed = list_files(origin)
-        shards = {place.shard: listed[place.shard] for place in places.values()}
-    clips = PackedClips(folder, origin, places, findings, shards)
+    clips = PackedClips(folder, origin, places, findings, remote)
     return Source([record for record, _ in rows], clips)
 
 
-def _staged(url: str, stage: Stage | None, threads: int, say: Callable[[str], None]) -> Path:
-    """The local copy of a packed dataset in a bucket."""
+def _packed_files(url: str) -> dict[str, Identity]:
+    """The files of a packed dataset in a bucket."""
     listed = list_files(url)
     if RECORDS not in listed:
         found = f"{len(listed)} other files" if listed else "no files"
@@ -298,15 +301,25 @@ def _staged(url: str, stage: Stage | None, threads: int, say: Callable[[str], No
             f"{url}: expected a manifest whose name ends in .jsonl, or a folder that `jaxgrpo "
             f"pack` wrote, with {RECORDS}; found {found}; check the bucket and the folder"
         )
-    files = {
+    return {
         name: identity
         for name, identity in listed.items()
         if name in (RECORDS, "dataset_info.json", "features.json") or ".array_record-" in name
     }
+
+
+def _staged(
+    url: str,
+    files: dict[str, Identity],
+    stage: Stage | None,
+    threads: int,
+    say: Callable[[str], None],
+) -> Path:
+    """The local copy of a packed dataset in a bucket."""
     if stage is None:
-        size = sum(identity.size for identity in files.values()) / (1 << 30)
+        size = gib(sum(identity.size for identity in files.values()))
         raise StorageError(
-            f"{url} is a packed dataset of {size:.2f} GiB, which is read from local disk: set "
+            f"{url} is a packed dataset of {size}, which is read from local disk: set "
             "data.stage to a local folder, and data.stage_gib to what it may hold"
         )
     return stage.packed(url, posixpath.basename(url.rstrip("/")), files, threads, say)

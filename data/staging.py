@@ -59,12 +59,14 @@ class Stage:
                 continue
             try:
                 data = path.read_bytes()
+                if len(data) == identity.size and f"{zlib.crc32(data):08x}" == crc:
+                    return data
+                _log.warning("%s: %s is damaged here and is fetched again", path, url)
+                self._remove(path)
             except FileNotFoundError:
                 continue  # removed meanwhile
-            if len(data) == identity.size and f"{zlib.crc32(data):08x}" == crc:
-                return data
-            _log.warning("%s: %s is damaged here and is fetched again", path, url)
-            self._remove(path)
+            except OSError as error:  # a disk that fails, a folder that is read-only
+                _warn_once(f"data.stage: {path}: streamed from {url}: {error.strerror}")
         return None
 
     def put(self, url: str, identity: Identity, data: bytes) -> bool:
@@ -77,8 +79,9 @@ class Stage:
                     return True
                 used = self._used() - sum(map(_remove, self._of(key)))
                 if used + len(data) > self.limit:
+                    self._set_used(used)
                     _warn_once(
-                        f"data.stage: {self.folder} is full ({gib(used)} of {gib(self.limit)}): "
+                        f"data.stage: {self.folder} is full, it may hold {gib(self.limit)}: "
                         "further clips are streamed; raise data.stage_gib, or empty the folder if "
                         "it holds other data"
                     )
@@ -86,9 +89,14 @@ class Stage:
                 self._set_used(used + len(data))
                 # One name for all: who finds it while holding the lock finds what a kill left.
                 scratch = self.folder / ".incoming"
-                scratch.write_bytes(data)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(scratch, place)
+                try:
+                    scratch.write_bytes(data)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(scratch, place)
+                except OSError:
+                    scratch.unlink(missing_ok=True)
+                    self._set_used(used)
+                    raise
         except OSError as error:
             _warn_once(f"data.stage: {self.folder}: clips are streamed: {error.strerror}")
             return False
@@ -102,7 +110,7 @@ class Stage:
         threads: int,
         say: Callable[[str], None],
     ) -> Path:
-        """The local copy of a packed dataset, complete; `say` is told when one is made.
+        """The local copy of a packed dataset, complete; `say` is told when files are missing.
 
         Raises:
           StorageError: it does not fit under the bound, or as `data.storage.mirror`.
@@ -113,7 +121,6 @@ class Stage:
             with locked(self.folder / ".lock"):
                 reserved = folder / _RESERVED
                 if not reserved.exists():
-                    say(f"fetching {url} ({len(files)} files, {gib(need)}) to {folder}")
                     used = self._used()
                     if used + need > self.limit:
                         raise StorageError(
@@ -123,10 +130,10 @@ class Stage:
                         )
                     self._set_used(used + need)
                     folder.mkdir(parents=True, exist_ok=True)
-                    reserved.write_text(str(need))
+                    _replace(reserved, str(need))
         except OSError as error:
             raise StorageError(f"data.stage: {self.folder}: {error.strerror or error}") from error
-        mirror(url, files, folder, threads)
+        mirror(url, files, folder, threads, say)
         return folder
 
     def _of(self, key: str) -> list[Path]:
@@ -148,14 +155,19 @@ class Stage:
             return 0
 
     def _set_used(self, used: int) -> None:
-        scratch = self.folder / f"{_USED}.new"
-        scratch.write_text(str(used))
-        os.replace(scratch, self.folder / _USED)
+        _replace(self.folder / _USED, str(used))
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
     _log.warning(message)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all, by the holder of the lock."""
+    scratch = path.with_name(f"{path.name}.new")
+    scratch.write_text(text)
+    os.replace(scratch, path)
 
 
 def _remove(path: Path) -> int:

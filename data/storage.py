@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import fnmatch
 import hashlib
 import logging
 import os
@@ -132,6 +131,23 @@ def identify(url: str) -> Identity:
     return _tried(url, attempt, TIMEOUT)
 
 
+def is_folder(url: str) -> bool:
+    """Whether anything lies below an address.
+
+    Raises:
+      StorageError: as `read`.
+    """
+
+    def attempt(files: Any, path: str, limit: dict[str, float]) -> bool:
+        files.invalidate_cache()
+        return bool(files.info(path, **limit)["type"] == "directory")
+
+    try:
+        return _tried(url, attempt, TIMEOUT)
+    except FileNotFoundError:
+        return False
+
+
 def list_files(url: str) -> dict[str, Identity]:
     """The files directly below a folder, by name; none where there is no folder.
 
@@ -142,16 +158,16 @@ def list_files(url: str) -> dict[str, Identity]:
     def attempt(files: Any, path: str, limit: dict[str, float]) -> list[dict[str, Any]]:
         files.invalidate_cache()
         found: list[dict[str, Any]] = files.ls(path, detail=True, **limit)
-        return found
+        # A file lists itself, and so does the empty object that consoles make for a folder.
+        return [entry for entry in found if entry["name"].strip("/") != path.strip("/")]
 
     try:
         entries = _tried(url, attempt, _LISTING)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return {}
     listed = {}
     for entry in entries:
         name = posixpath.basename(entry["name"])
-        # Consoles make empty objects whose name ends in a slash, to show a folder.
         if name and entry["type"] == "file":
             unsized = entry["size"] is None  # a web server's listing
             listed[name] = identify(join(url, name)) if unsized else _identity(entry)
@@ -238,7 +254,13 @@ def _advice(scheme: str) -> str:
 # ---- fetching to disk ----
 
 
-def mirror(url: str, files: Mapping[str, Identity], folder: Path, threads: int) -> None:
+def mirror(
+    url: str,
+    files: Mapping[str, Identity],
+    folder: Path,
+    threads: int,
+    say: Callable[[str], None],
+) -> None:
     """Fetches files of a bucket's folder into a local one; those that are there already stay.
 
     Each file appears whole or not at all, whenever the process is killed, and a fetch that was cut
@@ -247,11 +269,12 @@ def mirror(url: str, files: Mapping[str, Identity], folder: Path, threads: int) 
     Args:
       files: the names to fetch, with what each is known to be. A version belongs into the folder's
         name: an existing file of the right size is taken for the right one.
+      say: told what is fetched, if anything is missing, and where to.
 
     Raises:
       StorageError: as `read`; also a file that is gone or changes meanwhile, and a full disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # of which the disk's room is asked
     need = sum(_missing(folder / name, identity) for name, identity in files.items())
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -259,6 +282,8 @@ def mirror(url: str, files: Mapping[str, Identity], folder: Path, threads: int) 
             f"{folder}: {url} needs {gib(need)} more, but the disk has {gib(free)} left; name a "
             "folder of a larger disk"
         )
+    if need:
+        say(f"fetching {url} ({len(files)} files, {gib(need)} are missing) to {folder}")
 
     def work(name: str) -> None:
         fetch(join(url, name), files[name], folder / name)
@@ -275,7 +300,8 @@ def fetch(url: str, identity: Identity, target: Path) -> None:
     if not _missing(target, identity):
         return
     try:
-        with locked(target.with_name(f".{target.name}.lock")):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(_scratch(target) / f"{target.name}.lock"):
             if _missing(target, identity):
                 part = _part(target, identity)
                 with open(part, "ab") as file:
@@ -293,8 +319,6 @@ def fetch(url: str, identity: Identity, target: Path) -> None:
 
 def _append(url: str, identity: Identity, file: Any) -> None:
     """Adds to an open file what it lacks, in chunks, each of them tried several times."""
-    if file.tell() > identity.size:
-        file.truncate(0)
     while (start := file.tell()) < identity.size:
         end = min(start + _CHUNK, identity.size)
 
@@ -308,9 +332,14 @@ def _append(url: str, identity: Identity, file: Any) -> None:
         file.flush()
 
 
+def _scratch(target: Path) -> Path:
+    """A folder beside the target's, which holds nothing but what is complete."""
+    return target.parent.with_name(f".{target.parent.name}.parts")
+
+
 def _part(target: Path, identity: Identity) -> Path:
     """What of a file has been fetched."""
-    return target.with_name(f".{target.name}.{digest(identity.version)}.part")
+    return _scratch(target) / f"{target.name}.{digest(*identity)}"
 
 
 def _missing(target: Path, identity: Identity) -> int:
@@ -337,40 +366,3 @@ def locked(path: Path) -> Iterator[None]:
 def gib(size: float) -> str:
     """Bytes for people: "1.50 GiB"."""
     return f"{size / (1 << 30):.2f} GiB"
-
-
-# ---- model directories ----
-
-_MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.md", "LICENSE*")
-
-
-def model_folder(url: str, say: Callable[[str], None], threads: int = 4) -> Path:
-    """The local copy of a Hugging Face directory in a bucket, below `cache_folder()`.
-
-    Its name holds a digest of all versions: a directory that changes is fetched anew.
-
-    Args:
-      say: told what is fetched, and where to.
-
-    Raises:
-      StorageError: no model directory, or as `mirror`.
-    """
-    listed = list_files(url)
-    files = {
-        name: identity
-        for name, identity in listed.items()
-        if any(fnmatch.fnmatch(name, pattern) for pattern in _MODEL_FILES)
-    }
-    if "config.json" not in files:
-        found = f"{len(listed)} other files" if listed else "no files"
-        raise StorageError(
-            f"{url}: expected a model directory with config.json and *.safetensors, found {found}; "
-            "check the bucket and the folder"
-        )
-    key = digest(url.rstrip("/"), *sorted(files.items()))
-    folder = cache_folder() / "models" / f"{posixpath.basename(url.rstrip('/'))}-{key}"
-    if any(_missing(folder / name, identity) for name, identity in files.items()):
-        size = sum(identity.size for identity in files.values())
-        say(f"fetching {url} ({len(files)} files, {gib(size)}) to {folder}")
-    mirror(url, files, folder, threads)
-    return folder

@@ -32,10 +32,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import args
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from data.storage import is_url
 from jaxgrpo import config as configs
 from jaxgrpo import manifest
 from jaxgrpo.config import CheckpointSection, Config, ConfigError
-from jaxgrpo.mirror import in_bucket
 from jaxgrpo.sharding import gather_objects, say
 
 Command = Literal["sft", "train"]
@@ -118,7 +118,7 @@ class Checkpoints:
         """Waits for the checkpoint and hashes it; runs in a thread."""
         folder = self._folder / str(step)
         while not _is_committed(folder):
-            closing = self._closing.wait(1.0 if in_bucket(folder) else 0.02)
+            closing = self._closing.wait(1.0 if is_url(folder) else 0.02)
             if closing and not _is_committed(folder):
                 return  # writing it failed, which `close` raises
         limit = self._section.hash_gib
@@ -318,7 +318,7 @@ def _options(section: CheckpointSection) -> ocp.CheckpointManagerOptions:
 
 def _folder(run_dir: str | Path) -> epath.Path:
     path = epath.Path(run_dir) / CHECKPOINTS
-    return path if in_bucket(path) else path.absolute()
+    return path if is_url(path) else path.absolute()
 
 
 def _steps(run_dir: str | Path) -> list[int]:
@@ -331,7 +331,7 @@ def _steps(run_dir: str | Path) -> list[int]:
 
 
 def _is_committed(folder: epath.Path) -> bool:
-    return (folder / _COMMITTED).exists() if in_bucket(folder) else folder.is_dir()
+    return (folder / _COMMITTED).exists() if is_url(folder) else folder.is_dir()
 
 
 def _set_aside(folder: epath.Path, newest: int | None) -> None:
@@ -344,7 +344,7 @@ def _set_aside(folder: epath.Path, newest: int | None) -> None:
     damaged = [step for step in _steps(folder.parent) if step > newest]
     for step in damaged if jax.process_index() == 0 else ():
         target = folder.parent / f"damaged-{step}"
-        if in_bucket(folder):
+        if is_url(folder):
             (folder / str(step)).rmtree()
             say(f"{folder / str(step)} was deleted")
             continue

@@ -8,10 +8,8 @@ transformers 5 would save in their place fails to load in transformers 4.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +18,7 @@ import numpy as np
 
 from data.storage import is_url
 from jaxgrpo.load import model_directory, restore_params
+from jaxgrpo.output import check_free, new_directory
 from jaxgrpo.run_dir import is_run
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.tensor_files import TensorFiles, read_index, write_shards
@@ -55,16 +54,18 @@ def main(
       step: of the run's checkpoint; None is the newest.
 
     Raises:
-      ExportError: `source` is neither, or a model directory with `step`, or `out` is taken.
+      ExportError: `source` is neither, or a model directory with `step`.
+      OutputError: `out` is taken or in a bucket.
       ConfigError: the run has no checkpoint, or none of `step`.
       FileNotFoundError, ModelConfigError, WeightError, StorageError: the model directory cannot be
         read.
     """
+    check_free(out)  # before the weights are read
     out = Path(out)
-    if not is_run(source):
-        source = model_directory(source) if is_url(source) else Path(source)
-    if is_run(source):
-        _check_free(out)  # before the checkpoint is read
+    run = is_run(source)
+    if not run and is_url(source):
+        source = model_directory(source)
+    if run:
         params, base_directory = restore_params(source, step)
         files = export_params(params, ModelConfig.load(base_directory), base_directory, out, dtype)
     elif (Path(source) / "config.json").is_file():
@@ -108,11 +109,11 @@ def export_params(
       The files of `out`.
 
     Raises:
-      ExportError: `out` is taken.
+      OutputError: `out` is taken.
     """
     base_directory = Path(base_directory)
     dtype_of = _dtype_of(base_directory, dtype)
-    with _new_directory(Path(out)) as directory:
+    with new_directory(out, "export") as directory:
         save(directory, params, config, dtype_of)
         _copy_other_files(base_directory, directory, dtype)
     return _files(Path(out))
@@ -127,7 +128,7 @@ def export_model(source: str | Path, out: str | Path, dtype: ExportDtype = "sour
     Args, returns: see `main` and `export_params`.
 
     Raises:
-      ExportError: `out` is taken.
+      OutputError: `out` is taken.
       WeightError: the tensors are not those of config.json; all are named.
     """
     source = Path(source)
@@ -135,7 +136,7 @@ def export_model(source: str | Path, out: str | Path, dtype: ExportDtype = "sour
     tensors = model_tensors(source, config)
     dtype_of = _dtype_of(source, dtype)
     sources = sorted({tensor.file for tensor in tensors.values()})
-    with _new_directory(Path(out)) as directory, TensorFiles() as files:
+    with new_directory(out, "export") as directory, TensorFiles() as files:
 
         def shard(file: Path) -> Iterator[tuple[str, np.ndarray]]:
             for name, tensor in tensors.items():
@@ -169,38 +170,6 @@ def _dtype_of(base_directory: Path, dtype: ExportDtype) -> Callable[[str], np.dt
 
 
 # ---- files ----
-
-
-def _check_free(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ExportError(
-            f"{out} exists and is not an empty directory: remove it or name another one"
-        )
-
-
-@contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that becomes `out` at the end of the block, unless that fails.
-
-    So there is nothing or everything under `out`, whenever the export is killed.
-    """
-    _check_free(out)
-    out = out.resolve()
-    partial = out.with_name(f"{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.mkdir()
-    except FileExistsError as error:
-        raise ExportError(
-            f"{partial} exists: another export to {out} is running, or one was killed; in that "
-            "case remove it"
-        ) from error
-    try:
-        yield partial
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 def _copy_other_files(source: Path, directory: Path, dtype: ExportDtype) -> None:

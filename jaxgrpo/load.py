@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fnmatch
+import posixpath
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from data.storage import is_url, model_folder
+from data.storage import Identity, StorageError, cache_folder, digest, is_url, list_files, mirror
 from jaxgrpo.checkpoint import latest_step, read_part
 from jaxgrpo.config import Config, ConfigError, MeshSection, ModelSection
 from jaxgrpo.inputs import pixel_limits
@@ -24,11 +27,18 @@ from models.qwen2_5_vl.model import abstract_model, random_params
 from models.qwen2_5_vl.processor import Processor
 from models.qwen2_5_vl.weights import load
 
+_WEIGHTS: Final = "*.safetensors"
+_OTHERS: Final = ("*.json", "*.jinja", "*.txt", "*.md", "LICENSE*")
+_THREADS: Final = 4  # that fetch from a bucket
 
-def model_directory(path: str | Path) -> Path:
+
+def model_directory(path: str | Path, *, weights: bool = True) -> Path:
     """The Hugging Face directory behind `model.path`: the one a run began from, if it is a run's.
 
     One in a bucket is fetched to `data.storage.cache_folder()` first.
+
+    Args:
+      weights: whether they are fetched, too; what is on this machine already has them anyway.
 
     Raises:
       FileNotFoundError: neither a directory nor the shape of a hub id.
@@ -36,9 +46,10 @@ def model_directory(path: str | Path) -> Path:
       StorageError: a bucket path that holds no model or cannot be read.
     """
     if is_run(path):
-        return model_directory(read_config(path).model.path)
+        return model_directory(read_config(path).model.path, weights=weights)
+    patterns = [*_OTHERS, _WEIGHTS] if weights else [*_OTHERS]
     if is_url(path):
-        return model_folder(str(path), say)
+        return _from_bucket(str(path), patterns)
     directory = Path(path)
     if directory.is_dir():
         return directory
@@ -50,7 +61,6 @@ def model_directory(path: str | Path) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.md", "LICENSE*"]
     try:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except OSError as error:  # all that huggingface_hub raises: offline, unknown, gated
@@ -58,6 +68,33 @@ def model_directory(path: str | Path) -> Path:
             f"model.path: there is no directory {text}, and the Hugging Face hub gives no model of "
             f"that name: {error}\nWithout the hub, give model.path as a local directory."
         ) from error
+
+
+def _from_bucket(url: str, patterns: Sequence[str]) -> Path:
+    """The local copy of a model directory in a bucket, with the files of these patterns.
+
+    Its name holds a digest of all versions: a directory that changes is fetched anew.
+    """
+    listed = list_files(url)
+    if "config.json" not in listed:
+        found = f"{len(listed)} other files" if listed else "no files"
+        raise StorageError(
+            f"model.path: expected a model directory with config.json and {_WEIGHTS}, or a run, in "
+            f"{url}; found {found}; check the bucket and the folder"
+        )
+
+    def matching(patterns: Sequence[str]) -> dict[str, Identity]:
+        return {
+            name: identity
+            for name, identity in listed.items()
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        }
+
+    url = url.rstrip("/")
+    key = digest(url, *sorted(matching([*_OTHERS, _WEIGHTS]).items()))
+    folder = cache_folder() / "models" / f"{posixpath.basename(url)}-{key}"
+    mirror(url, matching(patterns), folder, _THREADS, say)
+    return folder
 
 
 def config_directory(path: str) -> Path:
@@ -68,7 +105,7 @@ def config_directory(path: str) -> Path:
     kept = Path(__file__).resolve().parent.parent / "configs" / "models" / path.split("/")[-1]
     if not Path(path).exists() and (kept / "config.json").is_file():
         return kept
-    return model_directory(path)
+    return model_directory(path, weights=False)
 
 
 def open_processor(config: Config) -> Processor:
@@ -82,7 +119,9 @@ def open_processor(config: Config) -> Processor:
             f"model.init is 'random', but model.path={config.model.path} is a run, whose weights "
             "would not be read: set model.init=checkpoint"
         )
-    return Processor.load(model_directory(config.model.path), pixel_limits(config.data))
+    weights = config.model.init == "checkpoint" and not is_run(config.model.path)
+    directory = model_directory(config.model.path, weights=weights)
+    return Processor.load(directory, pixel_limits(config.data))
 
 
 def vocabulary_of(processor: Processor) -> Vocabulary:

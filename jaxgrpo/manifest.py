@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from jaxgrpo.mirror import in_bucket
+from data.storage import is_url
 
 MANIFEST = "manifest"
 
@@ -53,7 +53,7 @@ def write(folder: epath.Path, limit: float) -> bool:
     lines = [f"{hash_} {sizes[name]} {name}\n" for name, hash_ in zip(sizes, hashes, strict=True)]
     body = "".join(lines)
     text = f"{body}{hashlib.sha256(body.encode()).hexdigest()}\n"
-    if in_bucket(folder):  # where a file is there as a whole or not at all
+    if is_url(folder):  # where a file is there as a whole or not at all
         (folder / MANIFEST).write_text(text)
     else:
         scratch = folder / f".{MANIFEST}"
@@ -105,7 +105,7 @@ def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
 def _hashes(folder: epath.Path, names: list[str]) -> list[str]:
     def one(name: str) -> str:
         path = folder / name
-        if in_bucket(path):
+        if is_url(path):
             return _sha256(str(path), path.stat().mtime)
         return _sha256(str(path), os.stat(path).st_mtime_ns)
 

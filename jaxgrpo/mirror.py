@@ -8,17 +8,13 @@ machine it is.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from etils import epath
 
-
-def in_bucket(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a URL, such as gs://bucket/runs/1."""
-    return "://" in os.fspath(path)
+from data.storage import is_url
 
 
 class Mirror:
@@ -36,7 +32,7 @@ class Mirror:
           names: the files, and the folders of files, to fetch; all that is in `folder` is copied.
         """
         self.folder = Path(run_dir)
-        self._remote = epath.Path(run_dir) if in_bucket(run_dir) else None
+        self._remote = epath.Path(run_dir) if is_url(run_dir) else None
         self._copied: dict[str, tuple[int, int]] = {}
         if self._remote is None:
             return

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import jax
-from etils import epath
 
 from data.pipeline import Failure
 from data.records import TASKS, Record, write_atomically
+from data.storage import is_folder, is_url, join
 from jaxgrpo import config as configs
 from jaxgrpo import preemption
 from jaxgrpo.checkpoint import (
@@ -43,7 +43,7 @@ from jaxgrpo.metrics import (
     plot_curves,
     read_metrics,
 )
-from jaxgrpo.mirror import Mirror, in_bucket
+from jaxgrpo.mirror import Mirror
 from jaxgrpo.processes import check_same
 from jaxgrpo.sharding import gather_objects, say
 from jaxgrpo.update import TrainState
@@ -76,7 +76,7 @@ class RunDir:
         names = (METRICS, COMPLETIONS, CONFIG, TENSORBOARD, WANDB_ID)
         self._mirror = Mirror(config.run_dir, jax.process_index(), names)
         self.path = self._mirror.folder
-        if in_bucket(config.run_dir):
+        if is_url(config.run_dir):
             say(f"writing to {self.path}, copied to {config.run_dir} at every checkpoint")
         else:
             _check_shared(self.path)
@@ -292,8 +292,14 @@ def _check_begun(path: Path, config: Config, command: Command) -> None:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a folder is a run directory (and not a model directory)."""
-    return (epath.Path(path) / CHECKPOINTS).is_dir()
+    """Whether a folder is a run directory (and not a model directory).
+
+    Raises:
+      StorageError: a bucket that cannot be read.
+    """
+    if is_url(path):  # epath knows fewer schemes, and takes a bucket out of reach for an empty one
+        return is_folder(join(str(path), CHECKPOINTS))
+    return (Path(path) / CHECKPOINTS).is_dir()
 
 
 def read_config(run_dir: str | Path) -> Config:

@@ -84,6 +84,15 @@ def test_clips_are_stored_once_in_the_manifests_order_and_read_back(tmp_path: Pa
         assert isinstance(found, Encoded) and found.data == BYTES[video]
 
 
+def test_a_shard_whose_clips_are_all_bad_does_not_move_the_others(tmp_path: Path) -> None:
+    done = pack(Source(RECORDS, FakeClips()), tmp_path / "out", "train", 1, threads=1)
+    assert done.clips == 2
+    source = opened(tmp_path / "out")
+    for video in ("b.mp4", "c.mp4"):
+        found = source.clips.fetch(video)
+        assert isinstance(found, Encoded) and found.data == BYTES[video]
+
+
 def test_a_clip_that_no_element_can_hold_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -58,6 +60,12 @@ def test_an_older_version_is_not_served_and_makes_room_for_the_new(stage: Stage)
     assert stage.put("b", Identity(6, "1"), b"012345")  # 4 + 6 are 10
 
 
+def test_a_new_version_without_room_leaves_the_room_of_the_old(stage: Stage) -> None:
+    stage.put("a", OLD, b"0123") and stage.put("b", OLD, b"0123")
+    assert not stage.put("a", Identity(9, "2"), b"012345678")
+    assert stage.put("c", Identity(6, "1"), b"012345")  # 4 + 6 are 10
+
+
 @pytest.mark.parametrize("damaged", [b"0124", b"012", b""])
 def test_a_damaged_clip_is_removed_and_its_room_is_free_again(stage: Stage, damaged: bytes) -> None:
     stage.put("a", OLD, b"0123")
@@ -111,6 +119,90 @@ def test_a_disk_that_fills_up_streams_with_one_warning(
     assert len(caplog.records) == 1 and "clips are streamed: No space left" in caplog.text
 
 
+def test_a_disk_that_had_no_room_for_a_moment_costs_no_room(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, data: bytes) -> int:
+        with open(self, "wb") as file:
+            file.write(data[:2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert not stage.put("a", Identity(10, "1"), b"0123456789")
+    assert not (stage.folder / ".incoming").exists()
+    assert stage.put("a", Identity(10, "1"), b"0123456789")
+
+
+def test_a_disk_that_cannot_be_read_streams_with_a_warning(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    stage.put("gs://b/a", OLD, b"0123")
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with caplog.at_level(logging.WARNING):
+        assert stage.get("gs://b/a", OLD) is None
+    assert "streamed from gs://b/a: Input/output error" in caplog.text
+
+
+# ---- processes ----
+
+PUT = """
+import sys
+from pathlib import Path
+from data.staging import Stage
+from data.storage import Identity
+stage = Stage(Path(sys.argv[1]), 40)
+"""
+
+
+def process(stage: Stage, code: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PUT + code, str(stage.folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_that_put_the_same_clips_keep_them_once_and_the_bound(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "stage", limit=40)
+    stage.recount()
+    code = """
+for number in range(20):
+    stage.put(f"clip {number}", Identity(4, "1"), b"%04d" % number)
+"""
+    both = [process(stage, code) for _ in range(2)]
+    for each in both:
+        each.communicate(timeout=300)
+    assert [each.returncode for each in both] == [0, 0]
+    assert len(clip_files(stage)) == 10
+    served = [stage.get(f"clip {number}", Identity(4, "1")) for number in range(20)]
+    assert len([data for data in served if data]) == 10
+    assert all(data == b"%04d" % number for number, data in enumerate(served) if data)
+    assert not stage.put("another", OLD, b"0123")
+
+
+def test_a_process_killed_in_the_middle_of_a_write_serves_nothing_and_holds_no_lock(
+    tmp_path: Path,
+) -> None:
+    stage = Stage(tmp_path / "stage", limit=40)
+    stage.recount()
+    code = """
+def half(path, data):
+    with open(path, "wb") as file:
+        file.write(data[:2])
+    print("half", flush=True)
+    sys.stdin.read()
+Path.write_bytes = half
+stage.put("a", Identity(4, "1"), b"0123")
+"""
+    with process(stage, code) as writing:
+        assert writing.stdout is not None and writing.stdout.readline() == "half\n"
+        writing.kill()
+    assert (stage.folder / ".incoming").read_bytes() == b"01"
+    assert stage.get("a", OLD) is None and clip_files(stage) == []
+    assert stage.put("a", OLD, b"0123") and stage.get("a", OLD) == b"0123"
+
+
 # ---- packed datasets ----
 
 
@@ -132,6 +224,11 @@ def test_a_packed_dataset_is_fetched_whole_and_once(stage: Stage, packed: str) -
     assert not stage.put("a", OLD, b"0123")  # 9 of 10 bytes are taken
     stage.recount()
     assert not stage.put("a", OLD, b"0123")
+    assert {path.name for path in folder.iterdir()} == {
+        "records.jsonl",
+        "a.array_record-0",
+        ".bytes",
+    }
 
 
 def test_too_small_a_bound_says_what_is_needed(tmp_path: Path, packed: str) -> None:

@@ -7,7 +7,9 @@ versions as real buckets' do.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,17 @@ from data.storage import (
     fetch,
     identify,
     identify_all,
+    is_folder,
     is_url,
     join,
     list_files,
     mirror,
-    model_folder,
     read,
 )
+from tests.gcs import emulated_bucket
 
 ROOT = "memory://bucket"
+PAUSES = storage.PAUSES
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +124,13 @@ def test_only_files_directly_below_a_folder_are_listed() -> None:
     put("f/a"), put("f/b", b""), put("f/sub/c")
     assert {name: found.size for name, found in list_files(f"{ROOT}/f").items()} == {"a": 4, "b": 0}
     assert list_files(f"{ROOT}/none") == {}
+    assert list_files(f"{ROOT}/f/a") == {}
+
+
+def test_a_folder_is_what_holds_files() -> None:
+    put("f/sub/c")
+    assert is_folder(f"{ROOT}/f") and is_folder(f"{ROOT}/f/sub")
+    assert not is_folder(f"{ROOT}/f/sub/c") and not is_folder(f"{ROOT}/none")
 
 
 @pytest.mark.parametrize("count", [3, 20])  # asked for one by one, and listed
@@ -178,24 +189,131 @@ def test_a_network_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     assert calls() == 3 and "\n" not in str(error.value)
 
 
+def test_pauses_between_attempts_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    url, slept = put("a.bin"), []
+    monkeypatch.setattr(storage, "PAUSES", PAUSES)
+    monkeypatch.setattr(storage.time, "sleep", slept.append)
+    failing(monkeypatch, "cat_file", [OSError("reset")] * 9)
+    with pytest.raises(StorageError, match="tried 5 times"):
+        read(url)
+    assert slept == [1.0, 2.0, 4.0, 8.0]
+
+
+def test_without_credentials_the_message_says_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def anonymous(url: str) -> Any:
+        raise OSError("Anonymous caller does not have storage.objects.get access")
+
+    monkeypatch.setattr(fsspec, "url_to_fs", anonymous)
+    with pytest.raises(StorageError, match=r"gs://bucket/a: .*Anonymous.*gcloud auth application-"):
+        identify("gs://bucket/a")
+
+
+# ---- a web server ----
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[int]]]:
+    """The address of 4 bytes, and the list of what the next requests get: 0 is no answer."""
+    answers: list[int] = []
+    closing = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status = answers.pop(0) if answers else 200
+            if status == 0:
+                closing.wait(30)
+                return
+            self.send_response(status)
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(b"data")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}/a.bin", answers
+        closing.set()
+        listening.shutdown()
+
+
+def test_a_server_that_fails_and_then_works(server: tuple[str, list[int]]) -> None:
+    url, answers = server
+    answers += [503, 500]
+    assert read(url) == b"data" and answers == []
+
+
+def test_a_server_that_does_not_answer_is_given_up_in_time(
+    server: tuple[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, answers = server
+    answers += [0, 0, 0]
+    monkeypatch.setattr(storage, "TIMEOUT", 0.2)
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"a.bin: cannot be read, tried 3 times: .*Timeout"):
+        read(url)
+    assert answers == [] and 0.6 <= time.monotonic() - started < 20
+
+
+# ---- Google's storage ----
+
+
+@pytest.fixture(scope="module")
+def google() -> Iterator[str]:
+    with emulated_bucket("clips") as url:
+        yield url
+
+
+def test_google_tells_versions_and_what_is_not_there(google: str, tmp_path: Path) -> None:
+    files = fsspec.filesystem("gs")
+    files.pipe({f"clips/f/{name}": b"0123" for name in ("a", "b", "sub/c")})
+    url = f"{google}/f/a"
+    known = identify(url)
+    assert read(url, known) == b"0123"
+    assert list_files(f"{google}/f") == {"a": known, "b": identify(f"{google}/f/b")}
+    assert is_folder(f"{google}/f") and not is_folder(url) and not is_folder(f"{google}/no")
+    for none in (f"{google}/no", "gs://no-such-bucket/f"):
+        assert list_files(none) == {}
+        with pytest.raises(FileNotFoundError):
+            read(none)
+    assert identify_all(google, ["f/a", "f/no"], 2) == {"f/a": known}
+    files.pipe("clips/f/a", b"4567")
+    assert identify(url) != known
+    with pytest.raises(StorageError, match="replaced while it was fetched"):
+        fetch(url, known, tmp_path / "f" / "a")
+
+
+def test_google_is_mirrored_in_chunks(
+    google: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_CHUNK", 3)
+    fsspec.filesystem("gs").pipe({"clips/g/a": b"0123456789", "clips/g/empty": b""})
+    mirror(f"{google}/g", list_files(f"{google}/g"), tmp_path / "g", 2, print)
+    found = {path.name: path.read_bytes() for path in (tmp_path / "g").iterdir()}
+    assert found == {"a": b"0123456789", "empty": b""}
+
+
 # ---- fetching ----
 
 
 def test_a_file_is_fetched_whole_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url, target = put("a.bin", b"0123456789"), tmp_path / "a.bin"
+    url, target = put("a.bin", b"0123456789"), tmp_path / "here" / "a.bin"
     monkeypatch.setattr(storage, "_CHUNK", 4)
     calls = failing(monkeypatch, "cat_file", [])
     fetch(url, identify(url), target)
     assert target.read_bytes() == b"0123456789" and calls() == 3
     fetch(url, identify(url), target)
     assert calls() == 3
-    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", ".a.bin.lock"}
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["a.bin"]
 
 
 def test_a_fetch_that_was_cut_short_goes_on_where_it_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, target = put("a.bin", b"0123456789"), tmp_path / "a.bin"
+    url, target = put("a.bin", b"0123456789"), tmp_path / "here" / "a.bin"
     monkeypatch.setattr(storage, "_CHUNK", 4)
     monkeypatch.setattr(storage, "PAUSES", ())
     failing(monkeypatch, "cat_file", [])
@@ -257,49 +375,13 @@ def test_a_folder_is_mirrored_and_a_small_disk_is_named(
     shelve(shelf, "a")
     shelve(shelf, "b", b"")
     url = shelf.as_uri()
-    mirror(url, list_files(url), tmp_path / "here", threads=2)
+    said: list[str] = []
+    for _ in range(2):
+        mirror(url, list_files(url), tmp_path / "here", 2, said.append)
+    assert said == [f"fetching {url} (2 files, 0.00 GiB are missing) to {tmp_path / 'here'}"]
     assert (tmp_path / "here" / "a").read_bytes() == b"data"
     assert (tmp_path / "here" / "b").read_bytes() == b""
     full = type(storage.shutil.disk_usage(tmp_path))(100, 99, 1)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: full)
     with pytest.raises(StorageError, match=r"needs .* GiB more, but the disk has .* left"):
-        mirror(url, list_files(url), tmp_path / "there", threads=1)
-
-
-# ---- model directories ----
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_a_model_is_fetched_once_without_what_is_not_needed(cache: Path, shelf: Path) -> None:
-    for name in ("config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin"):
-        shelve(shelf, name)
-    said: list[str] = []
-    folder = model_folder(f"{shelf.as_uri()}/", said.append)
-    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
-        "config.json",
-        "tokenizer.json",
-        "model.safetensors",
-    }
-    assert cache in folder.parents and len(said) == 1 and str(folder) in said[0]
-    assert model_folder(shelf.as_uri(), said.append) == folder and len(said) == 1
-
-
-def test_a_model_that_changes_is_another_folder(cache: Path, shelf: Path) -> None:
-    shelve(shelf, "config.json", b"1")
-    before = model_folder(shelf.as_uri(), print)
-    shelve(shelf, "config.json", b"22")
-    after = model_folder(shelf.as_uri(), print)
-    assert before != after and (after / "config.json").read_bytes() == b"22"
-
-
-@pytest.mark.parametrize(("names", "found"), [([], "no files"), (["notes.txt"], "1 other files")])
-def test_a_folder_without_a_model(cache: Path, shelf: Path, names: list[str], found: str) -> None:
-    for name in names:
-        shelve(shelf, name)
-    with pytest.raises(StorageError, match=rf"expected a model directory .*, found {found}"):
-        model_folder(shelf.as_uri(), print)
+        mirror(url, list_files(url), tmp_path / "there", 1, print)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from etils import epath
 
 from jaxgrpo.checkpoint import abstract, latest_step, read_part
 from jaxgrpo.config import ConfigError
-from jaxgrpo.mirror import Mirror, in_bucket
+from jaxgrpo.mirror import Mirror
 from jaxgrpo.run_dir import RunDir, is_run, read_config
 from jaxgrpo.update import TrainState
+from tests.gcs import emulated_bucket
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import Workplace
 
@@ -29,24 +29,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """gs://runs, on this machine."""
-    from gcp_storage_emulator.server import create_server
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="runs")
-    server.start()
-    url = f"http://127.0.0.1:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "STORAGE_EMULATOR_HOST": url,  # gcsfs
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask Google about the bucket
-            "TENSORSTORE_GCS_HTTP_URL": url,
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",  # tensorstore would ask Google for one
-        }.items():
-            patch.setenv(name, value)
-        yield "gs://runs"
-    server.stop()
+    with emulated_bucket("runs") as url:
+        yield url
 
 
 def state(value: float) -> TrainState:
@@ -99,7 +83,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(place: Workplace, bucket: 
 
 def test_a_folder_of_this_machine_is_its_own_mirror(tmp_path: Path) -> None:
     mirror = Mirror(str(tmp_path / "run"), 0, ("metrics.jsonl",))
-    assert mirror.folder == tmp_path / "run" and not in_bucket(mirror.folder)
+    assert mirror.folder == tmp_path / "run"
     mirror.push()
     assert not mirror.folder.exists()
 

@@ -57,9 +57,9 @@ def test_a_folder_that_is_taken_is_refused(
 ) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     assert packed(place, tmp_path) == 2
-    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert "exists and is not an empty directory" in capsys.readouterr().err
     assert packed(place, "gs://bucket/packed") == 2
-    assert "pack into a local folder, then copy that" in capsys.readouterr().err
+    assert "write to a local folder, then copy that" in capsys.readouterr().err
 
 
 def test_another_pack_or_a_killed_one_is_told_apart_from_a_result(
