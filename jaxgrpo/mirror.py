@@ -1,14 +1,12 @@
 """The text files of a run whose run_dir is in a bucket, where nothing can be appended to.
 
-They are written to a folder of this machine and copied to the bucket at every save, before the
-checkpoint, so that a checkpoint never lacks the lines before it. A start fetches them, on whatever
-machine it is.
+They are written to a temporary folder of this process and copied to the bucket at every save,
+before the checkpoint, so that a checkpoint never lacks the lines before it. A start fetches them,
+on whatever machine it is.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,14 +19,14 @@ class Mirror:
     """A run's files here and, if that is elsewhere, in `run_dir`.
 
     Attributes:
-      folder: where the files are read and written: `run_dir` itself, if it is on this machine.
+      folder: where the files are read and written: `run_dir` itself, if it is on this machine;
+        else a folder that goes when the mirror does.
     """
 
-    def __init__(self, run_dir: str, process: int, names: tuple[str, ...]):
+    def __init__(self, run_dir: str, names: tuple[str, ...]):
         """Fetches the files of a run in a bucket.
 
         Args:
-          process: the number of this process; each has its own copy, and the first one's is kept.
           names: the files, and the folders of files, to fetch; all that is in `folder` is copied.
         """
         self.folder = Path(run_dir)
@@ -36,10 +34,8 @@ class Mirror:
         self._copied: dict[str, tuple[int, int]] = {}
         if self._remote is None:
             return
-        name = hashlib.sha256(run_dir.encode()).hexdigest()[:16]
-        self.folder = Path(tempfile.gettempdir()) / f"jaxgrpo-{name}" / str(process)
-        shutil.rmtree(self.folder, ignore_errors=True)  # an earlier start's: the bucket has all
-        self.folder.mkdir(parents=True)
+        self._temporary = tempfile.TemporaryDirectory(prefix="jaxgrpo-", ignore_cleanup_errors=True)
+        self.folder = Path(self._temporary.name)
         for name in names:
             self._fetch(self._remote / name, self.folder / name)
 

@@ -74,7 +74,7 @@ class RunDir:
         """
         self._run_dir = config.run_dir
         names = (METRICS, COMPLETIONS, CONFIG, TENSORBOARD, WANDB_ID)
-        self._mirror = Mirror(config.run_dir, jax.process_index(), names)
+        self._mirror = Mirror(config.run_dir, names)
         self.path = self._mirror.folder
         if is_url(config.run_dir):
             say(f"writing to {self.path}, copied to {config.run_dir} at every checkpoint")
@@ -83,7 +83,7 @@ class RunDir:
         _check_begun(self.path, config, command)
         self._checkpoints = Checkpoints(config, command)
         self.first_step = self._checkpoints.latest or 0
-        check_same(f"the newest checkpoint in {self.path} is of step", self.first_step)
+        check_same(f"the newest checkpoint in {config.run_dir} is of step", self.first_step)
         steps = config.train.steps if command == "train" else config.sft.steps
         if self.first_step > steps:
             self._checkpoints.close()
@@ -140,7 +140,7 @@ class RunDir:
                 if name.startswith("data.train/") and name not in self.excluded
             ]
             raise configs.ConfigError(
-                f"{self.path} began with other data or weights than there are now:\n"
+                f"{self._run_dir} began with other data or weights than there are now:\n"
                 + "\n".join(changed)
                 + "\nTo go on with that run put them back; to start another choose a new run_dir."
             )

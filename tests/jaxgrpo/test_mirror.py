@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,10 +37,6 @@ def state(value: float) -> TrainState:
     return TrainState({"w": jnp.full(3, value)}, (zero,), zero)
 
 
-def lose_this_machine(run: RunDir) -> None:
-    shutil.rmtree(run.path.parent)
-
-
 def test_a_run_in_a_bucket_goes_on_on_another_machine(place: Workplace, bucket: str) -> None:
     config = tiny_run.load_config(place, f"run_dir={bucket}/a", "log.tensorboard=true")
     assert not is_run(config.run_dir)
@@ -52,7 +47,6 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(place: Workplace, bucket: 
             run.write(step, "train", {"loss": 1.0 / step})
             run.save(step, state(step))
         run.write(5, "train", {"loss": 9.0})
-    lose_this_machine(run)
 
     assert is_run(config.run_dir) and read_config(config.run_dir) == config
     part = read_part(config.run_dir, {"params": abstract(state(0.0).params)})
@@ -64,7 +58,6 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(place: Workplace, bucket: 
         run.write(6, "train", {"loss": 0.1})
         run.save(6, state(6.0))
         run.finish()
-    lose_this_machine(run)
     left = epath.Path(config.run_dir)
     assert (left / "metrics.jsonl").read_text().count("\n") == 4
     assert {"config.yaml", "curves.png", "tensorboard"} <= {path.name for path in left.iterdir()}
@@ -82,14 +75,14 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(place: Workplace, bucket: 
 
 
 def test_a_folder_of_this_machine_is_its_own_mirror(tmp_path: Path) -> None:
-    mirror = Mirror(str(tmp_path / "run"), 0, ("metrics.jsonl",))
+    mirror = Mirror(str(tmp_path / "run"), ("metrics.jsonl",))
     assert mirror.folder == tmp_path / "run"
     mirror.push()
     assert not mirror.folder.exists()
 
 
 def test_only_what_has_changed_is_copied_again(bucket: str) -> None:
-    mirror = Mirror(f"{bucket}/b", 0, ())
+    mirror = Mirror(f"{bucket}/b", ())
     for name in ("one", "folder/two"):
         (mirror.folder / name).parent.mkdir(exist_ok=True)
         (mirror.folder / name).write_text("x")
@@ -99,5 +92,5 @@ def test_only_what_has_changed_is_copied_again(bucket: str) -> None:
     (mirror.folder / "folder/two").write_text("xy")
     mirror.push()
     assert not (left / "one").exists() and (left / "folder/two").read_text() == "xy"
-    again = Mirror(f"{bucket}/b", 1, ("one", "folder"))
+    again = Mirror(f"{bucket}/b", ("one", "folder"))
     assert [path.name for path in again.folder.rglob("*")] == ["folder", "two"]
