@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import HTTPServer
 
 import pytest
 
@@ -19,9 +20,11 @@ def emulated_bucket(name: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = create_server("127.0.0.1", port, in_memory=True, default_bucket=name)
-    server.start()
     url = f"http://127.0.0.1:{port}"
     with pytest.MonkeyPatch.context() as patch:
+        # One thread answers: tensorstore's 32 requests at once must find room to wait.
+        patch.setattr(HTTPServer, "request_queue_size", 128)
+        server.start()
         for variable, value in {
             "STORAGE_EMULATOR_HOST": url,  # gcsfs
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask Google about the bucket
