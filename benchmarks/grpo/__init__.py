@@ -1,0 +1,1 @@
+"""What a GRPO step on video costs, here and in PyTorch: see `benchmarks.grpo_step`."""
