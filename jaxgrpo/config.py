@@ -175,6 +175,10 @@ class RewardSection:
     format: float = 0.5
     choice: float = 0.5
     iou: float = 0.5
+    number: float = 0.5
+    regression: float = 0.5
+    ocr: float = 0.5
+    text: float = 0.5
 
     def __post_init__(self) -> None:
         from rewards.weights import RewardWeights  # not above: see `cli`
@@ -278,6 +282,10 @@ Score = Literal[
     "gqa/accuracy",
     "gqa/mIoU",
     "gqa/acc_at_iou0.5",
+    "number/accuracy",
+    "regression/score",
+    "ocr/score",
+    "text/rouge",
     "format",
     "reward/total",
 ]  # of `evaluate.summarise`, those that are better the higher they are

@@ -32,6 +32,7 @@ from jaxgrpo.programs import (
     truth_shapes,
 )
 from jaxgrpo.run_dir import RunDir
+from jaxgrpo.scoring import open_reward
 from jaxgrpo.sharding import (
     check_divides,
     make_mesh,
@@ -41,7 +42,6 @@ from jaxgrpo.sharding import (
 )
 from jaxgrpo.update import UpdateBatch, split_frozen, stop_if_not_finite
 from rewards.dual import truth_arrays
-from rewards.parse import parse_batch
 
 
 def main(config: Config) -> None:
@@ -51,6 +51,7 @@ def main(config: Config) -> None:
     cache_compilations(config)
     mesh = make_mesh(config.mesh)
     prompts = config.rollout.prompts
+    reward = open_reward(config)
     if note := off_policy_note(config.rollout):
         say(note)
 
@@ -116,9 +117,7 @@ def main(config: Config) -> None:
             truth_shapes(mesh, prompts, inputs.train.max_spans),
         )
         score = (
-            score_program(mesh, config.reward, config.grpo.divide_by_std)
-            .lower(*score_shapes)
-            .compile()
+            score_program(mesh, reward, config.grpo.divide_by_std).lower(*score_shapes).compile()
         )
         eval_programs = evaluate.compile_eval(
             config, mesh, policy, inputs, weights.to_sampler.out_info
@@ -171,8 +170,7 @@ def main(config: Config) -> None:
 
                 # ---- rewards: text -> answers on the host -> scores and advantages ----
                 texts = [[processor.decode(ids) for ids in row] for row in tokens[rows]]
-                tasks = [record.task for record in records]
-                answers = parse_batch(texts, tasks, thinking=config.data.thinking)
+                answers = reward.read(texts, records, lengths[rows])
                 truth = truth_arrays(records, inputs.train.max_spans)
                 scores = score(*put_prompts(mesh, (answers, truth)))
                 scored_at = time.perf_counter()

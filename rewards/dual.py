@@ -1,13 +1,15 @@
-"""The dual reward: a weighted sum of format, choice and temporal IoU.
+"""The dual reward: a weighted sum of format, choice, temporal IoU, and the scores of other answers.
 
 A task earns the components it has: mcqa format and choice, tvg format and IoU, grounded video QA
-(gqa) all three. Every component is returned beside the total, so that each can be logged.
+(gqa) all three; number, regression, ocr and text format and a component of their own name. Every
+component is returned beside the total, so that each can be logged.
 
 P prompts, G completions per prompt, M ground-truth spans.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,10 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.records import LATEST, LETTERS, TASKS, Record, is_span
+from data.records import (
+    CHOICE_TASKS,
+    LATEST,
+    LETTERS,
+    NUMBER,
+    NUMBER_TASKS,
+    SPAN_TASKS,
+    TASKS,
+    Record,
+    is_span,
+)
+from rewards.answers import Answers
 from rewards.choice import choice_reward
 from rewards.format import format_reward
-from rewards.parse import Answers, RewardError
+from rewards.parse import RewardError
+from rewards.regression import regression_reward
 from rewards.temporal import temporal_iou
 from rewards.weights import RewardWeights
 
@@ -26,10 +40,10 @@ from rewards.weights import RewardWeights
 class Truth(NamedTuple):
     """The right answers of P prompts."""
 
+    task: np.ndarray | jax.Array  # i32[P], a number in `data.records.TASKS`
     choice: np.ndarray | jax.Array  # i32[P], 0 is A; -1 where the task has no choice
     spans: np.ndarray | jax.Array  # f32[P, M, 2], seconds, padded with NaN
-    has_choice: np.ndarray | jax.Array  # bool[P]
-    has_span: np.ndarray | jax.Array  # bool[P]
+    number: np.ndarray | jax.Array  # f32[P], of number and regression; else NaN
 
 
 def truth_arrays(records: Sequence[Record], max_spans: int) -> Truth:
@@ -38,59 +52,81 @@ def truth_arrays(records: Sequence[Record], max_spans: int) -> Truth:
     `max_spans` is M, at least 1: the most spans that any record of the run has, so that every
     step has the same shapes. What a task does not score is left out: an mcqa record's spans and a
     tvg record's answer. Raises `RewardError`, naming the record, where the task is unknown, the
-    answer is not the letter of an option, a span is missing, negative, empty, reversed or past
-    1e6 seconds, or there are more than `max_spans`.
+    answer is not the letter of an option or not a number, a span is missing, negative, empty,
+    reversed or past 1e6 seconds, or there are more than `max_spans`.
     """
     if max_spans < 1:
         raise RewardError(f"max_spans: expected at least 1, found {max_spans}.")
     count = len(records)
+    task = np.zeros(count, np.int32)
     choice = np.full(count, -1, np.int32)
     spans = np.full((count, max_spans, 2), np.nan, np.float32)
+    number = np.full(count, np.nan, np.float32)
     for p, record in enumerate(records):
         if record.task not in TASKS:
             raise RewardError(
                 f"record {record.id!r}, task: expected one of {', '.join(TASKS)}, "
                 f"found {record.task!r}."
             )
-        if record.task != "tvg":
+        task[p] = TASKS.index(record.task)
+        if record.task in CHOICE_TASKS:
             choice[p] = _option_index(record)
-        if record.task != "mcqa":
+        if record.task in SPAN_TASKS:
             _check_spans(record, max_spans)
             spans[p, : len(record.spans)] = record.spans
-    has_choice = np.array([record.task != "tvg" for record in records], bool)
-    has_span = np.array([record.task != "mcqa" for record in records], bool)
-    return Truth(choice, spans, has_choice, has_span)
+        if record.task in NUMBER_TASKS:
+            number[p] = _number(record)
+    return Truth(task, choice, spans, number)
 
 
 def dual_reward(
     answers: Answers, truth: Truth, weights: RewardWeights
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Total reward f32[P, G] and its components {"format", "choice", "iou"}, each f32[P, G].
+    """Total reward f32[P, G] and its components, each f32[P, G], by the names of the weights.
 
     The total is finite and within [0, sum of the weights], the components within [0, 1]; NaN
     marks a component that the task does not have, so that `nanmean` averages the right prompts.
     Pure; under `jax.jit` the weights are static. Raises `RewardError` on shapes that disagree.
 
         tvg, span [2, 6] against [0, 4], well formed, default weights
-        -> total 0.5 * 1 + 0.5 * 2/6, components format 1, choice NaN, iou 2/6
+        -> total 0.5 * 1 + 0.5 * 2/6, components format 1, iou 2/6, the others NaN
     """
     _check_shapes(answers, truth)
-    has_choice = jnp.asarray(truth.has_choice)[:, None]
-    has_span = jnp.asarray(truth.has_span)[:, None]
-    form = format_reward(answers.format_ok)
-    choice = choice_reward(answers.choice, truth.choice)
-    iou = temporal_iou(answers.span, truth.spans)
-    total = (
-        weights.format * form
-        + weights.choice * jnp.where(has_choice, choice, 0.0)
-        + weights.iou * jnp.where(has_span, iou, 0.0)
-    )
-    components = {
-        "format": form,
-        "choice": jnp.where(has_choice, choice, jnp.nan),
-        "iou": jnp.where(has_span, iou, jnp.nan),
+    match = jnp.asarray(answers.match)
+    scores = {
+        "format": format_reward(answers.format_ok),
+        "choice": choice_reward(answers.choice, truth.choice),
+        "iou": temporal_iou(answers.span, truth.spans),
+        "number": match,
+        "regression": regression_reward(answers.number, truth.number),
+        "ocr": match,
+        "text": match,
     }
+    total = jnp.zeros_like(scores["format"])
+    components = {}
+    for name, weight in dataclasses.asdict(weights).items():
+        has = _is_of(truth.task, _TASKS_OF.get(name, (name,)))
+        total = total + weight * jnp.where(has, scores[name], 0.0)
+        components[name] = jnp.where(has, scores[name], jnp.nan)
     return total, components
+
+
+# The tasks that have a component; without an entry, the one of its own name.
+_TASKS_OF = {"format": TASKS, "choice": CHOICE_TASKS, "iou": SPAN_TASKS}
+
+
+def _is_of(task: np.ndarray | jax.Array, names: Sequence[str]) -> jax.Array:
+    """bool[P, 1]: whether a prompt's task is among `names`."""
+    numbers = jnp.array([TASKS.index(name) for name in names])
+    return jnp.isin(jnp.asarray(task), numbers)[:, None]
+
+
+def _number(record: Record) -> float:
+    if record.answer is None or not NUMBER.fullmatch(record.answer):
+        raise RewardError(
+            f"record {record.id!r}, answer: expected a decimal number, found {record.answer!r}."
+        )
+    return float(record.answer)
 
 
 def _option_index(record: Record) -> int:
@@ -122,10 +158,13 @@ def _check_shapes(answers: Answers, truth: Truth) -> None:
     found = {
         "answers.choice": (np.shape(answers.choice), (prompts, group)),
         "answers.span": (np.shape(answers.span), (prompts, group, 2)),
+        "answers.number": (np.shape(answers.number), (prompts, group)),
+        "answers.match": (np.shape(answers.match), (prompts, group)),
+        "answers.length": (np.shape(answers.length), (prompts, group)),
+        "truth.task": (np.shape(truth.task), (prompts,)),
         "truth.choice": (np.shape(truth.choice), (prompts,)),
         "truth.spans": (np.shape(truth.spans), (prompts, *np.shape(truth.spans)[1:2], 2)),
-        "truth.has_choice": (np.shape(truth.has_choice), (prompts,)),
-        "truth.has_span": (np.shape(truth.has_span), (prompts,)),
+        "truth.number": (np.shape(truth.number), (prompts,)),
     }
     for name, (shape, expected) in found.items():
         if shape != expected:

@@ -43,7 +43,10 @@ def test_the_defaults_are_those_of_the_papers_script() -> None:
         ("grpo.clip_low=1.2", "grpo.clip_low is 1.2, expected more than 0 and at most 1"),
         ("grpo.kl=-0.1", "grpo.kl is -0.1, expected 0 or more"),
         ("grpo.aggregation=mean", "expected sequence or token or constant"),
-        ("reward={format: 0, choice: 0, iou: 0}", "expected at least one weight above 0"),
+        (
+            "reward={format: 0, choice: 0, iou: 0, number: 0, regression: 0, ocr: 0, text: 0}",
+            "expected at least one weight above 0",
+        ),
         ("optim.b2=1", "optim.b2 is 1.0, expected at least 0 and below 1"),
         ("optim.accumulate=3", "optim.accumulate is 3, expected a divisor of rollout.prompts (16)"),
         ("data.buckets=[2048, 1024]", "data.buckets is [2048, 1024], expected numbers of prompt"),
