@@ -1,4 +1,4 @@
-"""The command line: `jaxgrpo {sft,train,eval,pack,plan,export}`.
+"""The command line: `jaxgrpo {sft,train,eval,pack,plan,export,rescore}`.
 
 A command imports what it needs when it runs, so that `jaxgrpo --help` and a mistyped config key
 answer at once. A user's mistake (any `ValueError` subclass of our four packages, a missing file,
@@ -29,6 +29,7 @@ _AFTER_INTERRUPTION = {
     "pack": "nothing was packed",
     "export": "nothing was exported",
     "plan": "nothing was planned",
+    "rescore": "nothing was scored",
 }
 _PACKAGES = ("jaxgrpo", "models", "rewards", "data")
 
@@ -92,12 +93,16 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "GRPO, the main job: evaluates, trains, evaluates again"),
         ("eval", "greedy evaluation of a model directory or a run"),
         ("pack", "write the manifests and their clips as ArrayRecord shards"),
+        ("rescore", "what another reward would make of a run's stored completions"),
         ("plan", "what training will need on a TPU slice or GPUs; neither is needed for it"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
         if name == "plan":
             command.add_argument("--topology", required=True, help="such as v5e:8x8 or h100:8")
             command.add_argument("--slices", type=int, default=1, help="TPU slices of that shape")
+            command.add_argument("--json", action="store_true", help="figures for programs")
+        if name == "rescore":
+            command.add_argument("run", metavar="RUN", help="a run directory, or an evaluation's")
             command.add_argument("--json", action="store_true", help="figures for programs")
         command.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/*.yaml")
         if name == "pack":
@@ -142,6 +147,11 @@ def _run(options: argparse.Namespace) -> int:
         from jaxgrpo import plan
 
         return plan.main(settings, options.topology, options.slices, options.json)
+    if options.command == "rescore":
+        from jaxgrpo import rescore
+
+        rescore.main(options.run, settings, options.json)
+        return 0
     if options.command == "pack":
         from jaxgrpo import pack
 

@@ -11,7 +11,7 @@ machine), never of one that decides what is learnt: see `check_resume`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -20,34 +20,13 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from jaxgrpo import strict_yaml
+from jaxgrpo.checks import RESUMABLE as _RESUMABLE
+from jaxgrpo.checks import above_zero as _above_zero
+from jaxgrpo.checks import accepted_by as _accepted_by
+from jaxgrpo.checks import at_least as _at_least
+from jaxgrpo.checks import check as _check
+from jaxgrpo.reward_config import RewardSection
 from jaxgrpo.strict_yaml import ConfigError
-
-_RESUMABLE = {"resumable": True}
-
-
-def _check(key: str, value: Any, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key} is {value!r}, expected {expected}")
-
-
-def _at_least(name: str, section: Any, **minimums: int) -> None:
-    for key, minimum in minimums.items():
-        value = section.__dict__[key]
-        _check(f"{name}.{key}", value, value >= minimum, f"{minimum} or more")
-
-
-def _above_zero(name: str, section: Any, *keys: str) -> None:
-    for key in keys:
-        value = section.__dict__[key]
-        _check(f"{name}.{key}", value, value > 0, "more than 0")
-
-
-def _accepted_by(library: Callable[..., Any], name: str, section: Any) -> None:
-    """Makes of a section the object that a run will make of it, whose limits are the section's."""
-    try:
-        library(**section.__dict__)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -166,26 +145,6 @@ class RolloutSection:
             "more than 0: equal completions teach nothing (evaluation is greedy by itself)",
         )
         _check("rollout.top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class RewardSection:
-    """Weight of each component in the total reward; the paper scores 0.5 IoU + 0.5 format."""
-
-    format: float = 0.5
-    choice: float = 0.5
-    iou: float = 0.5
-    number: float = 0.5
-    regression: float = 0.5
-    ocr: float = 0.5
-    text: float = 0.5
-
-    def __post_init__(self) -> None:
-        from rewards.weights import RewardWeights  # not above: see `cli`
-
-        _accepted_by(RewardWeights, "reward", self)
-        weights = dataclasses.asdict(self)
-        _check("reward", weights, any(weights.values()), "at least one weight above 0")
 
 
 @dataclass(frozen=True)
@@ -324,12 +283,12 @@ class LogSection:
     """What the run writes down."""
 
     every: int = 1  # steps between lines of metrics.jsonl
-    samples: int = 4  # completions kept per logged step
+    samples: int = 4  # prompts per logged step whose first completion is kept; -1: all completions
     tensorboard: bool = True
     wandb: str = ""  # project at Weights & Biases to log to as well; empty: none
 
     def __post_init__(self) -> None:
-        _at_least("log", self, every=1, samples=0)
+        _at_least("log", self, every=1, samples=-1)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from etils import epath
 from jax import Array
 from jax.sharding import Mesh
 
-from data.records import CHOICE_TASKS, SPAN_TASKS, TASKS, Record, merge_spans
+from data.records import CHOICE_TASKS, SPAN_TASKS, TASKS, Record, merge_spans, row_of
 from data.sampling import OnePass
 from jaxgrpo import preemption
 from jaxgrpo.config import Config
@@ -41,7 +41,7 @@ from jaxgrpo.programs import (
 )
 from jaxgrpo.rollout import Rollout, Sampling
 from jaxgrpo.run_dir import RunDir
-from jaxgrpo.scoring import open_reward
+from jaxgrpo.scoring import agreed, open_reward
 from jaxgrpo.sharding import (
     check_divides,
     gather_objects,
@@ -50,7 +50,6 @@ from jaxgrpo.sharding import (
     put_scalar,
     say,
 )
-from rewards.dual import truth_arrays
 from rewards.reward import Reward
 
 THRESHOLDS = (0.3, 0.5, 0.7)  # of R1@IoU, as in temporal grounding
@@ -118,7 +117,8 @@ def compile_eval(
     greedy = policy._replace(temperature=0.0)
     scalar = scalar_shape(mesh)
     program = rollout_program(mesh, greedy, sampling, keep_features=False)
-    reward = open_reward(config)
+    reward = open_reward(config, config.eval.max_new_tokens)
+    reward.truth(inputs.evaluation.records, inputs.evaluation.max_spans)  # named now, not later
     score = score_program(mesh, reward, divide_by_std=False)
     datasets = [x for x in (inputs.evaluation, inputs.swapped) if x is not None]
     max_spans = inputs.evaluation.max_spans
@@ -231,11 +231,12 @@ def predict(
             records = [dataset.records[item] for item in planned]
             texts = [[inputs.processor.decode(row[0])] for row in tokens]
             mine = [records[row] for row in loader.rows]
-            answers = programs.reward.read(
-                [texts[row] for row in loader.rows], mine, lengths[loader.rows]
-            )
-            truth = truth_arrays(mine, dataset.max_spans)
+            reward, said = programs.reward, [texts[row] for row in loader.rows]
+            answers = reward.read(said, mine, lengths[loader.rows])
+            answers = agreed(reward, mesh, loader.rows, answers)
+            truth = reward.truth(mine, dataset.max_spans)
             scores = jax.device_get(programs.score(*put_prompts(mesh, (answers, truth))))
+            reward.check(scores.components)
             slots = [planned[row] for row in loader.rows]
             replaced |= {a for a, b in zip(slots, batch.items, strict=True) if a != b}
             for row, item in enumerate(planned):
@@ -335,7 +336,9 @@ def _mean(values: Iterable[Any]) -> float:
 
 
 def first_of_each_task(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
-    """`count` predictions or fewer, shared out over the tasks."""
+    """`count` predictions or fewer, shared out over the tasks; all where it is -1."""
+    if count < 0:
+        return list(predictions)
     by_task: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         by_task.setdefault(prediction.record.task, []).append(prediction)
@@ -344,8 +347,13 @@ def first_of_each_task(predictions: Sequence[Prediction], count: int) -> list[Pr
 
 
 def sample(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as a line for people to read: question, right answer, completion, rewards."""
+    """A prediction as a line to read, and to score again: see `rescore`.
+
+    Question, right answer, completion, rewards (None where the task has no such component), and
+    the rest of the record.
+    """
     record = prediction.record
+    rest = {k: v for k, v in row_of(record).items() if k not in ("id", "question")}
     line: dict[str, Any] = {
         "id": record.id,
         "question": record.question,
@@ -355,7 +363,7 @@ def sample(prediction: Prediction) -> dict[str, Any]:
     }
     for name, value in prediction.components.items():
         line[f"reward/{name}"] = None if np.isnan(value) else value
-    return line
+    return line | {"tokens": prediction.tokens, "record": rest}
 
 
 def truth_text(record: Record) -> str:

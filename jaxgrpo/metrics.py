@@ -104,10 +104,12 @@ class MetricsLog:
     def write_completions(
         self, step: int, split: str, completions: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Appends sampled completions, one line each: texts as they are, numbers as in `write`."""
+        """Appends sampled completions, one line each: texts and records (plain values, finite
+        numbers) as they are, numbers as in `write`.
+        """
         for completion in completions:
             values = {
-                name: value if isinstance(value, str) else _number(value)
+                name: value if isinstance(value, (str, dict)) else _number(value)
                 for name, value in completion.items()
             }
             self._append(COMPLETIONS, {"step": step, "split": split, **values})

@@ -265,6 +265,7 @@ def answer_shapes(mesh: Mesh, prompts: int, group: int) -> Answers:
         number=on(np.float32),
         match=on(np.float32),
         length=on(np.int32),
+        custom=on(np.float32),
     )
 
 
@@ -279,6 +280,7 @@ def truth_shapes(mesh: Mesh, prompts: int, spans: int) -> Truth:
         choice=on(np.int32),
         spans=on(np.float32, spans, 2),
         number=on(np.float32),
+        duration=on(np.float32),
     )
 
 

@@ -32,7 +32,7 @@ from jaxgrpo.programs import (
     truth_shapes,
 )
 from jaxgrpo.run_dir import RunDir
-from jaxgrpo.scoring import open_reward
+from jaxgrpo.scoring import ConstantWatch, agreed, from_all_hosts, open_reward
 from jaxgrpo.sharding import (
     check_divides,
     make_mesh,
@@ -41,7 +41,6 @@ from jaxgrpo.sharding import (
     say,
 )
 from jaxgrpo.update import UpdateBatch, split_frozen, stop_if_not_finite
-from rewards.dual import truth_arrays
 
 
 def main(config: Config) -> None:
@@ -77,6 +76,7 @@ def main(config: Config) -> None:
         inputs = prepare(config, processor, train=True, evaluation=True, excluded=run.excluded)
         assert inputs.train is not None and inputs.evaluation is not None
         say(describe(inputs))
+        reward.truth(inputs.train.records, inputs.train.max_spans)  # what is missing is named now
         run.check_best({record.task for record in inputs.evaluation.records})
         needs_base = bool(config.grpo.kl) or config.model.freeze_vision  # when it is resumed too
         run.keep_to(
@@ -144,6 +144,7 @@ def main(config: Config) -> None:
         )
         rows = loader.rows  # of each batch, those of this process
         progress = Progress("GRPO", config.train.steps, run.first_step)
+        watch = ConstantWatch(config.reward.constant_steps)
         seed = put_scalar(mesh, config.seed)
         preemption.defer()
         with loader:
@@ -170,8 +171,8 @@ def main(config: Config) -> None:
 
                 # ---- rewards: text -> answers on the host -> scores and advantages ----
                 texts = [[processor.decode(ids) for ids in row] for row in tokens[rows]]
-                answers = reward.read(texts, records, lengths[rows])
-                truth = truth_arrays(records, inputs.train.max_spans)
+                answers = agreed(reward, mesh, rows, reward.read(texts, records, lengths[rows]))
+                truth = reward.truth(records, inputs.train.max_spans)
                 scores = score(*put_prompts(mesh, (answers, truth)))
                 scored_at = time.perf_counter()
 
@@ -198,6 +199,7 @@ def main(config: Config) -> None:
 
                 # ---- metrics ----
                 updated, earned = jax.device_get((updated, scores))
+                reward.check(earned.components)
                 ended = time.perf_counter()
                 for line in run.note_failures(batch.failures, inputs.train.records):
                     progress.print(line)
@@ -215,8 +217,12 @@ def main(config: Config) -> None:
                 if (step + 1) % config.log.every == 0 or following is None:
                     run.write(step + 1, "train", metrics)
                     mine = jax.tree.map(lambda x: x[rows], earned)
-                    kept = samples(records, texts, lengths[rows], mine, config.log.samples)
+                    wanted = config.log.samples
+                    kept = samples(rows, records, texts, lengths[rows], mine, wanted)
+                    kept = from_all_hosts(kept) if wanted < 0 else kept
                     run.write_completions(step + 1, "train", kept)
+                for line in watch.update(earned.components):
+                    progress.print(line)
                 progress.update(metrics)
                 stop_if_not_finite(int(updated["skipped_in_a_row"]), step, records, config)
 
@@ -277,24 +283,34 @@ def step_metrics(
 
 
 def samples(
+    rows: Sequence[int],
     records: Sequence[Record],
     texts: Sequence[Sequence[str]],
     lengths: np.ndarray,
     scores: Scores,
     count: int,
 ) -> list[dict[str, Any]]:
-    """The first completion of `count` prompts as lines for people to read."""
+    """The first completion of `count` prompts as lines to read; all of every prompt where it is -1.
+
+    Args:
+      rows: the prompts' rows in the step's batch; the lines carry "row" and "sample", by which
+        `rescore` knows the groups.
+    """
+    chosen = [(p, 0) for p in range(len(records))][: max(count, 0)]
+    if count < 0:
+        chosen = [(p, g) for p, row in enumerate(texts) for g in range(len(row))]
     return [
         evaluate.sample(
             evaluate.Prediction(
-                record,
-                texts[p][0],
-                float(scores.total[p, 0]),
-                {name: float(values[p, 0]) for name, values in scores.components.items()},
-                int(lengths[p, 0]),
+                records[p],
+                texts[p][g],
+                float(scores.total[p, g]),
+                {name: float(values[p, g]) for name, values in scores.components.items()},
+                int(lengths[p, g]),
             )
         )
-        for p, record in enumerate(records[:count])
+        | {"row": rows[p], "sample": g}
+        for p, g in chosen
     ]
 
 

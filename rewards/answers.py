@@ -26,6 +26,7 @@ class Answers(NamedTuple):
     number: np.ndarray  # f32[P, G], of number and regression; NaN where there is none
     match: np.ndarray  # f32[P, G] in [0, 1], of number, ocr and text: how well it fits the truth
     length: np.ndarray  # i32[P, G], tokens with the stop token
+    custom: np.ndarray  # f32[P, G], of a user's own reward on the host; 0 without one
 
 
 def read_answers(
@@ -71,6 +72,7 @@ def read_answers(
         np.array(numbers, np.float32).reshape(shape),
         np.array(matches, np.float32).reshape(shape),
         np.asarray(lengths, np.int32),
+        np.zeros(shape, np.float32),
     )
 
 

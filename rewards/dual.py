@@ -10,7 +10,7 @@ P prompts, G completions per prompt, M ground-truth spans.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,9 +31,11 @@ from data.records import (
 from rewards.answers import Answers
 from rewards.choice import choice_reward
 from rewards.format import format_reward
+from rewards.length import length_bonus, overlong_penalty
+from rewards.options import DEFAULTS, RewardOptions, Temporal
 from rewards.parse import RewardError
 from rewards.regression import regression_reward
-from rewards.temporal import temporal_iou
+from rewards.temporal import generalised_iou, temporal_iou, timestamp_iou
 from rewards.weights import RewardWeights
 
 
@@ -44,6 +46,7 @@ class Truth(NamedTuple):
     choice: np.ndarray | jax.Array  # i32[P], 0 is A; -1 where the task has no choice
     spans: np.ndarray | jax.Array  # f32[P, M, 2], seconds, padded with NaN
     number: np.ndarray | jax.Array  # f32[P], of number and regression; else NaN
+    duration: np.ndarray | jax.Array  # f32[P], seconds that are shown; NaN where it is not known
 
 
 def truth_arrays(records: Sequence[Record], max_spans: int) -> Truth:
@@ -76,17 +79,31 @@ def truth_arrays(records: Sequence[Record], max_spans: int) -> Truth:
             spans[p, : len(record.spans)] = record.spans
         if record.task in NUMBER_TASKS:
             number[p] = _number(record)
-    return Truth(task, choice, spans, number)
+    shown = [shown_seconds(record) for record in records]
+    duration = np.array([np.nan if x is None else x for x in shown], np.float32)
+    return Truth(task, choice, spans, number, duration)
+
+
+def shown_seconds(record: Record) -> float | None:
+    """How long the clip of a record is, or its file where there is no clip; None if not known."""
+    return record.clip[1] - record.clip[0] if record.clip else record.duration
 
 
 def dual_reward(
-    answers: Answers, truth: Truth, weights: RewardWeights
+    answers: Answers,
+    truth: Truth,
+    weights: RewardWeights,
+    options: RewardOptions = DEFAULTS,
+    custom: Callable[[Answers, Truth], jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Total reward f32[P, G] and its components, each f32[P, G], by the names of the weights.
+    """Total reward f32[P, G] and its components, each f32[P, G], by name.
 
-    The total is finite and within [0, sum of the weights], the components within [0, 1]; NaN
+    The total is finite and within `bounds`, the components of the weights within [0, 1]; NaN
     marks a component that the task does not have, so that `nanmean` averages the right prompts.
-    Pure; under `jax.jit` the weights are static. Raises `RewardError` on shapes that disagree.
+    With another temporal score than the IoU, it is the component "temporal", and weighs in place
+    of "iou", which is still given. "length", "overlong" and "custom" are components where they
+    are on. Pure; under `jax.jit` weights, options and `custom`, a user's jitted function, are
+    static. Raises `RewardError` on shapes that disagree.
 
         tvg, span [2, 6] against [0, 4], well formed, default weights
         -> total 0.5 * 1 + 0.5 * 2/6, components format 1, iou 2/6, the others NaN
@@ -102,13 +119,51 @@ def dual_reward(
         "ocr": match,
         "text": match,
     }
+    weighed = scores
+    if options.temporal != "iou":
+        weighed = {**scores, "iou": _temporal(options.temporal, answers, truth)}
     total = jnp.zeros_like(scores["format"])
+    right = jnp.ones_like(total)  # the lowest score of the answer, format apart
     components = {}
     for name, weight in dataclasses.asdict(weights).items():
         has = _is_of(truth.task, _TASKS_OF.get(name, (name,)))
-        total = total + weight * jnp.where(has, scores[name], 0.0)
+        total = total + weight * jnp.where(has, weighed[name], 0.0)
         components[name] = jnp.where(has, scores[name], jnp.nan)
+        if name != "format":
+            right = jnp.minimum(right, jnp.where(has, scores[name], 1.0))
+        if weighed[name] is not scores[name]:
+            components["temporal"] = jnp.where(has, weighed[name], jnp.nan)
+    if options.length.weight:
+        components["length"] = length_bonus(answers.length, right, options.length)
+        total = total + options.length.weight * components["length"]
+    if options.overlong.weight:
+        components["overlong"] = overlong_penalty(answers.length, options.overlong)
+        total = total + options.overlong.weight * components["overlong"]
+    if options.custom is not None:
+        own = jnp.asarray(answers.custom) if custom is None else custom(answers, truth)
+        components["custom"] = own
+        total = total + options.custom.weight * own
     return total, components
+
+
+def bounds(task: str, weights: RewardWeights, options: RewardOptions) -> tuple[float, float]:
+    """What the total of a completion of this task is never below and never above.
+
+    Below: what the overlong penalty and a user's own reward can take away. Above: the weights of
+    the task's components, of the length bonus, and of a user's own reward at its `high`.
+    """
+    own = options.custom
+    low = -options.overlong.weight + (own.weight * own.low if own else 0.0)
+    high = options.length.weight + (own.weight * own.high if own else 0.0)
+    for name, weight in dataclasses.asdict(weights).items():
+        high += weight if task in _TASKS_OF.get(name, (name,)) else 0.0
+    return low, high
+
+
+def _temporal(kind: Temporal, answers: Answers, truth: Truth) -> jax.Array:
+    if kind == "giou":
+        return generalised_iou(answers.span, truth.spans)
+    return timestamp_iou(answers.span, truth.spans, truth.duration)
 
 
 # The tasks that have a component; without an entry, the one of its own name.
@@ -164,6 +219,8 @@ def _check_shapes(answers: Answers, truth: Truth) -> None:
         "truth.task": (np.shape(truth.task), (prompts,)),
         "truth.choice": (np.shape(truth.choice), (prompts,)),
         "truth.spans": (np.shape(truth.spans), (prompts, *np.shape(truth.spans)[1:2], 2)),
+        "answers.custom": (np.shape(answers.custom), (prompts, group)),
+        "truth.duration": (np.shape(truth.duration), (prompts,)),
         "truth.number": (np.shape(truth.number), (prompts,)),
     }
     for name, (shape, expected) in found.items():

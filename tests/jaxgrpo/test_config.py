@@ -189,5 +189,5 @@ def test_only_these_keys_are_resumable() -> None:
             "data.workers",
             "data.prefetch",
         ),
-        *("train.steps", "train.max_nonfinite_steps", "sft.steps"),
+        *("train.steps", "train.max_nonfinite_steps", "sft.steps", "reward.constant_steps"),
     }

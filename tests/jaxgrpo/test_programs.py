@@ -317,15 +317,17 @@ def test_scores_become_rewards_and_advantages(run: Run) -> None:
         number=nothing,
         match=np.zeros((P, G), np.float32),
         length=np.ones((P, G), np.int32),
+        custom=np.zeros((P, G), np.float32),
     )
     truth = Truth(
         choice=np.array([1, -1], np.int32),
         spans=np.array([[[np.nan] * 2], [[0.0, 4.0]]], np.float32),
         task=np.array([TASKS.index("mcqa"), TASKS.index("tvg")], np.int32),
         number=nothing[:, 0],
+        duration=nothing[:, 0],
     )
     program = score_program(
-        run.mesh, Reward(RewardWeights(0.5, 1.0, 2.0), True), divide_by_std=True
+        run.mesh, Reward(RewardWeights(0.5, 1.0, 2.0), thinking=True), divide_by_std=True
     )
     compiled = program.lower(answer_shapes(run.mesh, P, G), truth_shapes(run.mesh, P, 1)).compile()
     scores = compiled(*put_prompts(run.mesh, (answers, truth)))

@@ -42,8 +42,8 @@ def read(texts: list[list[str]], tasks: Any, lengths: Any = None) -> Answers:
 def test_a_batch_is_its_completions_one_by_one() -> None:
     texts = [[SAID[task], "x"] for task in TASKS]
     batch = read(texts, TASKS)
-    assert [a.dtype for a in batch] == [bool, np.int32, *[np.float32] * 3, np.int32]
-    assert [a.shape for a in batch] == [(7, 2), (7, 2), (7, 2, 2), *[(7, 2)] * 3]
+    assert [a.dtype for a in batch] == [bool, np.int32, *[np.float32] * 3, np.int32, np.float32]
+    assert [a.shape for a in batch] == [(7, 2), (7, 2), (7, 2, 2), *[(7, 2)] * 4]
     for p, task in enumerate(TASKS):
         for g in range(2):
             single = parse(texts[p][g], task, thinking=False)

@@ -169,7 +169,7 @@ def test_truth_keeps_what_the_task_scores_and_pads_the_rest() -> None:
     assert np.isnan(truth.number).all()
     padded = [[2, 4], [6, 10], [NAN, NAN]]
     np.testing.assert_array_equal(truth.spans, np.float32([np.full((3, 2), NAN), padded, padded]))
-    assert [a.dtype for a in truth] == [np.int32, np.int32, np.float32, np.float32]
+    assert [a.dtype for a in truth] == [np.int32, np.int32, *[np.float32] * 3]
 
 
 def test_the_truth_of_numbers_and_texts() -> None:
