@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -60,13 +59,17 @@ def agreed(reward: Reward, mesh: Mesh, rows: list[int], answers: Answers) -> Ans
     return answers._replace(custom=np.array(values, np.float32))
 
 
-def from_all_hosts(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of `train.samples` of every process, each once, in the batch's order. A collective.
+def items_of_all(rows: Sequence[int], items: Sequence[int]) -> list[int]:
+    """The items of the whole batch, by row, from each process's `items` in its `rows`.
 
-    Processes with the same rows have the same lines.
+    A collective, of short messages. Processes with the same rows have the same items.
     """
-    found = {(x["row"], x["sample"]): x for part in gather_objects(list(lines)) for x in part}
-    return [found[key] for key in sorted(found)]
+    found = {
+        row: item
+        for part in gather_objects([list(rows), list(items)])
+        for row, item in zip(*part, strict=True)
+    }
+    return [found[row] for row in sorted(found)]
 
 
 class ConstantWatch:

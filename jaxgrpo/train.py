@@ -6,7 +6,7 @@ Legend: P prompts in a step, G completions per prompt, C completion tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ from jaxgrpo.programs import (
     truth_shapes,
 )
 from jaxgrpo.run_dir import RunDir
-from jaxgrpo.scoring import ConstantWatch, agreed, from_all_hosts, open_reward
+from jaxgrpo.scoring import ConstantWatch, agreed, items_of_all, open_reward
 from jaxgrpo.sharding import (
     check_divides,
     make_mesh,
@@ -216,10 +216,9 @@ def main(config: Config) -> None:
                 }
                 if (step + 1) % config.log.every == 0 or following is None:
                     run.write(step + 1, "train", metrics)
-                    mine = jax.tree.map(lambda x: x[rows], earned)
-                    wanted = config.log.samples
-                    kept = samples(rows, records, texts, lengths[rows], mine, wanted)
-                    kept = from_all_hosts(kept) if wanted < 0 else kept
+                    shown = [inputs.train.records[i] for i in items_of_all(rows, batch.items)]
+                    count = config.log.samples
+                    kept = samples(shown, tokens, lengths, earned, processor.decode, count)
                     run.write_completions(step + 1, "train", kept)
                 for line in watch.update(earned.components):
                     progress.print(line)
@@ -283,33 +282,35 @@ def step_metrics(
 
 
 def samples(
-    rows: Sequence[int],
     records: Sequence[Record],
-    texts: Sequence[Sequence[str]],
+    tokens: np.ndarray,
     lengths: np.ndarray,
     scores: Scores,
+    decode: Callable[[np.ndarray], str],
     count: int,
 ) -> list[dict[str, Any]]:
     """The first completion of `count` prompts as lines to read; all of every prompt where it is -1.
 
+    The lines carry "row" and "sample", by which `rescore` knows the groups.
+
     Args:
-      rows: the prompts' rows in the step's batch; the lines carry "row" and "sample", by which
-        `rescore` knows the groups.
+      records, tokens, lengths, scores: of the whole batch.
     """
-    chosen = [(p, 0) for p in range(len(records))][: max(count, 0)]
+    prompts, group = lengths.shape
+    chosen = [(p, 0) for p in range(min(count, prompts))]
     if count < 0:
-        chosen = [(p, g) for p, row in enumerate(texts) for g in range(len(row))]
+        chosen = [(p, g) for p in range(prompts) for g in range(group)]
     return [
         evaluate.sample(
             evaluate.Prediction(
                 records[p],
-                texts[p][g],
+                decode(tokens[p, g]),
                 float(scores.total[p, g]),
                 {name: float(values[p, g]) for name, values in scores.components.items()},
                 int(lengths[p, g]),
             )
         )
-        | {"row": rows[p], "sample": g}
+        | {"row": p, "sample": g}
         for p, g in chosen
     ]
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxgrpo import config, scoring
 from jaxgrpo.config import MeshSection
-from jaxgrpo.scoring import ConstantWatch, agreed, from_all_hosts, open_reward
+from jaxgrpo.scoring import ConstantWatch, agreed, open_reward
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.strict_yaml import ConfigError
 from rewards.answers import read_answers
@@ -112,10 +112,10 @@ def test_processes_with_the_same_rows_take_the_first_ones_values(
     assert agreed(plain, mesh, [1], answers) is answers
 
 
-def test_lines_of_all_hosts_are_each_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [{"row": row, "sample": g, "text": f"{row}{g}"} for row in range(3) for g in range(2)]
-    monkeypatch.setattr(scoring, "gather_objects", lambda mine: [mine, lines[:2], lines[:2]])
-    assert from_all_hosts(lines[2:]) == lines
+def test_the_items_of_a_batch_are_put_together_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [[[0, 3], [70, 73]], [[1, 2], [71, 72]], [[0, 3], [70, 73]]]  # 0 and 2 share rows
+    monkeypatch.setattr(scoring, "gather_objects", lambda mine: parts)
+    assert scoring.items_of_all([1, 2], [71, 72]) == [70, 71, 72, 73]
 
 
 # ---- components that teach nothing ----

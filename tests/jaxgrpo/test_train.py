@@ -6,6 +6,7 @@ The runs are real processes on one CPU device (see `tiny_run`); some are shared 
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -83,8 +84,11 @@ def test_the_times_of_a_step_add_up(reference: Path) -> None:
 def test_completions_are_kept_with_their_rewards(reference: Path) -> None:
     kept = [json.loads(x) for x in (reference / "completions.jsonl").read_text().splitlines()]
     train = [line for line in kept if line["split"] == "train"]
-    assert [line["step"] for line in train] == [s for s in range(1, STEPS + 1) for _ in range(2)]
+    place = [(line["step"], line["row"], line["sample"]) for line in train]
+    assert place == list(itertools.product(range(1, STEPS + 1), range(4), range(2)))  # P, G
     assert {"id", "question", "truth", "completion", "reward/total"} <= train[0].keys()
+    for line in kept:  # what is needed to score it again
+        assert line["tokens"] > 0 and line["record"]["task"] in ("mcqa", "tvg", "gqa")
     assert any("<answer>" in line["completion"] for line in kept)
 
 

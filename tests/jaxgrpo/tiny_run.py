@@ -65,7 +65,7 @@ CONFIG: dict[str, Any] = {
     "sft": {"steps": 16, "batch": 6},
     "eval": {"every": 3, "batch": 4},
     "checkpoint": {"every": 2, "keep": 2},
-    "log": {"tensorboard": False, "samples": 2},
+    "log": {"tensorboard": False, "samples": -1},
 }
 
 
