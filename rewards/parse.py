@@ -33,25 +33,8 @@ A policy under reinforcement learning finds every hole in a reward, so the rules
 
 Every text has an outcome: nothing raises, and the time is linear in the text's length.
 
-Where this differs from the scorer that the paper released (Temporal-R1, tvg only):
-
-| completion                        | released scorer                  | here                      |
-|-----------------------------------|----------------------------------|---------------------------|
-| several answers                   | the first one is scored          | format 0, no answer       |
-| tags repeated inside the thought  | format 1                         | format 0                  |
-| times as JSON numbers             | format 0, IoU scored             | format 1, IoU scored      |
-| end_time before start_time (keys) | format 0, IoU scored             | format 1, IoU scored      |
-| duplicate keys                    | format 0, the last one counts    | format 0, no answer       |
-| additional keys                   | format 0, IoU scored             | format 0, no answer       |
-| negative start                    | format 0, IoU scored             | format 0, no answer       |
-| exponents, "1_0", " 3.5 "         | format 0, IoU scored             | format 0, no answer       |
-| NaN, infinity, 1e309              | format 0, IoU 0 (nan passes max) | format 0, no answer       |
-| Unicode digits                    | format 1, IoU scored             | format 0, no answer       |
-| "1.2.3"                           | format 1, IoU 0 (exception)      | format 0, no answer       |
-| leading zeros, "5.", ".5"         | format 1, IoU scored             | format 0, no answer       |
-| reversed span                     | format 1, IoU 0, by no rule      | format 1, IoU 0           |
-| both spans empty                  | division by zero, caught: IoU 0  | IoU 0                     |
-| `<think>` missing                 | format 0, IoU scored             | the same                  |
+docs/rewards.md has tables, which tests read, of what this does to hostile completions, and of where
+it differs from the scorer that the paper released.
 """
 
 from __future__ import annotations
