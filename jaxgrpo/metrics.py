@@ -271,11 +271,21 @@ class CompileCounter:
 
 # The panels of the picture: a title, then the metrics drawn in it.
 _PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("training reward", "train", ("reward/total", "reward/format", "reward/choice", "reward/iou")),
+    (
+        "training reward",
+        "train",
+        (
+            *("reward/total", "reward/format", "reward/choice", "reward/iou", "reward/number"),
+            *("reward/regression", "reward/ocr", "reward/text", "reward/custom"),
+        ),
+    ),
     (
         "held-out score",
         "eval",
-        ("tvg/mIoU", "tvg/mIoU_constant_span", "mcqa/accuracy", "gqa/acc_at_iou0.5", "format"),
+        (
+            *("tvg/mIoU", "tvg/mIoU_constant_span", "mcqa/accuracy", "gqa/acc_at_iou0.5"),
+            *("number/accuracy", "regression/score", "ocr/score", "text/rouge", "format"),
+        ),
     ),
     ("KL and entropy", "train", ("kl", "entropy")),
     ("completion tokens", "train", ("completion/length",)),

@@ -232,6 +232,24 @@ def test_a_run_directory_scores_what_its_training_said_last(
     assert f"{last['tvg/mIoU']:.3f}" in finished.out
 
 
+def test_a_users_own_reward_that_breaks_on_real_items_ends_the_command(
+    place: Workplace, tmp_path: Path
+) -> None:
+    """It is well behaved on the samples of the start, whose videos have 10 seconds."""
+    code = "import jax.numpy as jnp\ndef own(answers, truth):\n"
+    code += "    short = (truth.duration < 10)[:, None]\n"
+    code += "    return jnp.where(short, jnp.nan, 0.5) * jnp.ones(answers.choice.shape)\n"
+    (tmp_path / "breaks_later.py").write_text(code)
+    own = {"function": "breaks_later:own", "kind": "jitted", "folder": tmp_path}
+    overrides = [f"model.path={tiny_run.random_model(place)}", "model.init=checkpoint"]
+    overrides += [f"reward.custom.{key}={value}" for key, value in own.items()]
+    finished = tiny_run.run(place, "eval", tmp_path / "out", *overrides, code=2)
+    assert "error: reward.custom.function breaks_later:own (kind jitted) returned nan in " in (
+        finished.out
+    )
+    assert not (tmp_path / "out").exists()
+
+
 # ---- for readers ----
 
 
