@@ -157,6 +157,11 @@ def row_of(record: Record) -> dict[str, Any]:
     return plain
 
 
+def row_problems(record: Record) -> list[str]:
+    """Why `read_manifest` would refuse a record, as "field 'x': expected ..."; [] if not."""
+    return _problems(row_of(record), os.curdir)
+
+
 def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Writes a manifest that `read_manifest` reads back to equal records.
 

@@ -1,4 +1,4 @@
-"""The command line: `jaxgrpo {sft,train,eval,pack,plan,export,rescore}`.
+"""The command line: `jaxgrpo {sft,train,eval,convert,pack,plan,export,rescore}`.
 
 A command imports what it needs when it runs, so that `jaxgrpo --help` and a mistyped config key
 answer at once. A user's mistake (any `ValueError` subclass of our four packages, a missing file,
@@ -26,12 +26,43 @@ _AFTER_INTERRUPTION = {
     "sft": _GOES_ON,
     "train": _GOES_ON,
     "eval": "no scores were written",
+    "convert": "nothing was converted",
     "pack": "nothing was packed",
     "export": "nothing was exported",
     "plan": "nothing was planned",
     "rescore": "nothing was scored",
 }
 _PACKAGES = ("jaxgrpo", "models", "rewards", "data")
+
+# Of `convert`: what each kind reads, and its options besides --videos.
+_KINDS = {
+    "temporal-r1": ("the paper's JSON or JSONL files, or YAML files of datasets", ("root", "seed")),
+    "video-r1": ("Video-R1's JSON files", ()),
+    "charades-sta": ("charades_sta_train.txt, charades_sta_test.txt", ("durations",)),
+    "activitynet-captions": ("train.json, val_1.json, val_2.json", ()),
+    "next-gqa": ("val.csv, test.csv", ("spans", "paths")),
+    "mvbench": ("MVBench's JSON files, one a task", ()),
+    "video-mme": ("Video-MME's rows as JSON or JSONL", ()),
+    "tempcompass": ("TempCompass's multi-choice.json", ()),
+}
+_KIND_OPTIONS: dict[str, dict[str, Any]] = {
+    "root": {
+        "default": ".",
+        "help": "the coming data.root, where the YAML's data_folder is absolute (default: .)",
+    },
+    "seed": {"type": int, "default": 0, "help": "of sampling_strategy random (default: 0)"},
+    "durations": {
+        "action": "append",
+        "metavar": "FILE",
+        "help": "Charades_v1_train.csv or Charades_v1_test.csv; may be given several times",
+    },
+    "spans": {
+        "action": "append",
+        "metavar": "FILE",
+        "help": "gsub_val.json or gsub_test.json; may be given several times",
+    },
+    "paths": {"action": "append", "metavar": "FILE", "help": "map_vid_vidorID.json"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +155,28 @@ def _parser() -> argparse.ArgumentParser:
         help="dtype: source (the default: each weight's own type), bfloat16 or float32; step: of "
         "the run's checkpoint (the default: the newest)",
     )
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    """The parser of `convert`, with one of its own for each kind."""
+    summary = "turn published annotation files into a manifest"
+    kinds = commands.add_parser("convert", help=summary, description=summary).add_subparsers(
+        dest="kind", required=True, metavar="KIND"
+    )
+    for kind, (files, names) in _KINDS.items():
+        command = kinds.add_parser(kind, help=files, description=f"{kind}: {files}")
+        command.add_argument("inputs", nargs="+", metavar="IN", help=files)
+        command.add_argument("out", metavar="OUT", help="the manifest to write, OUT.jsonl")
+        command.add_argument(
+            "--videos",
+            metavar="PATTERN",
+            help="a video's path below data.root, {id} being what the file calls it, such as "
+            "'charades/{id}.mp4'",
+        )
+        for name in names:
+            command.add_argument(f"--{name}", **_KIND_OPTIONS[name])
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -137,6 +189,11 @@ def _run(options: argparse.Namespace) -> int:
         from jaxgrpo import export
 
         export.main(options.source, options.out, chosen.dtype, chosen.step)
+        return 0
+    if options.command == "convert":
+        from jaxgrpo import convert
+
+        convert.main(options.kind, options.inputs, options.out, vars(options))
         return 0
     settings = config.load(options.config, options.overrides)
     if options.command == "plan":
