@@ -20,8 +20,7 @@ from data.convert.choices import letter, options
 from data.convert.conversion import Conversion, Rejection
 from data.convert.fields import check_pattern, row_of, short, text, video_path
 from data.convert.reading import json_rows
-from data.prompts import TAGS
-from data.records import Record
+from data.records import TAGS, Record
 
 VIDEOS: Final = "{id}"
 

@@ -12,7 +12,7 @@ from tests.data.convert.files import json_file, reasons, written
 
 HEADER = "video_id,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4"
 ROWS = """\
-4010069381,369,640,480,"how do the two man, play",tap their feet,6,CH,roll,tap their feet,strum,hit,pat
+4010069381,369,640,480,"how do men, play",tap their feet,6,CH,roll,tap their feet,strum,hit,pat
 4010069381,369,640,480,why was it loud,many,7,CW,few,many,Many,some,none
 4010069381,369,640,480,why no answer,flute,8,CW,few,many,one,some,none
 4010069381,369,640,480,why no spans,few,9,CW,few,many,one,some,none
@@ -55,7 +55,7 @@ def test_questions_become_grounded_choices_and_bad_ones_are_named(
     done = next_gqa.convert([questions], [spans], [names], "nextqa/{id}.mp4")
     first, second, third = written(done, tmp_path)
     assert (first.id, first.video) == ("4010069381-6", "nextqa/1164/4010069381.mp4")
-    assert (first.task, first.question) == ("gqa", "how do the two man, play")
+    assert (first.task, first.question) == ("gqa", "how do men, play")
     assert first.options[1] == "tap their feet" and first.answer == "B"
     assert first.spans == ((0.6, 2.5), (30.2, 37.0)) and first.duration == 37
     assert (second.id, second.answer) == ("4010069381-7", "B")  # equal before alike
