@@ -4,6 +4,8 @@ dataset (ArrayRecord shards that `jaxgrpo pack` wrote). Training is the same fro
     FOLDER/train/records.jsonl      the manifest; each row's field `packed` says where its clip is
                                     and what it claims, so that nothing is probed at a start
     FOLDER/train/*.array_record-*   the clips, a TFDS dataset with dataset_info.json, features.json
+
+A dataset that was packed without clips has only their rows and what they claim.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from data.probe import Clips, Encoded, Probe, VideoError, finding, probe_all
+from data.probe import Clips, Encoded, Probe, VideoError, VideoFile, finding, probe_all
 from data.records import ManifestError, Record, read_manifest, read_rows
 from data.staging import Stage
 from data.storage import (
@@ -54,7 +56,8 @@ def open_source(
     Args:
       manifest: a JSONL file, or the folder of a packed dataset. In a bucket, the first is what ends
         in ".jsonl".
-      root: the folder or address that a JSONL manifest's videos are relative to.
+      root: the folder or address that a JSONL manifest's videos are relative to, and those of a
+        dataset that was packed without clips.
       stage: where what a bucket gives is kept, if anywhere. A packed dataset in a bucket is fetched
         to it, whole, before this returns: ArrayRecord reads local files only.
       threads: files asked for at once.
@@ -67,11 +70,15 @@ def open_source(
     if is_url(manifest) and not manifest.endswith(".jsonl"):
         files = _packed_files(manifest)
         folder = _staged(manifest, files, stage, threads, say)
-        return _open_packed(folder, manifest, files)
+        return _open_packed(folder, manifest, files, _files(root, stage))
     if not is_url(manifest) and Path(manifest).is_dir():
-        return _open_packed(Path(manifest), manifest, {})
+        return _open_packed(Path(manifest), manifest, {}, _files(root, stage))
     records = read_manifest(manifest, root)
-    return Source(records, BucketClips(root, stage) if is_url(root) else FolderClips(root))
+    return Source(records, _files(root, stage))
+
+
+def _files(root: str, stage: Stage | None) -> Clips:
+    return BucketClips(root, stage) if is_url(root) else FolderClips(root)
 
 
 # ---- a folder ----
@@ -236,6 +243,45 @@ class PackedClips:
         return Encoded(self.name(video), data)
 
 
+@dataclass(frozen=True)
+class ProbedClips:
+    """Videos below a root, of a dataset that was packed without them.
+
+    Attributes:
+      files: the videos.
+      findings: by video, as the probe cache holds them, with the file's bytes; of a file that has
+        another size now they are not believed.
+    """
+
+    files: Clips
+    findings: dict[str, dict[str, Any]]
+
+    def name(self, video: str) -> str:
+        return self.files.name(video)
+
+    def identities(self, videos: Iterable[str], threads: int) -> dict[str, Identity]:
+        return self.files.identities(videos, threads)
+
+    def fetch(self, video: str) -> VideoFile:
+        return self.files.fetch(video)
+
+    def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
+        records = list(records)
+        now = self.identities({record.video for record in records}, threads)
+        known = {
+            video
+            for video, identity in now.items()
+            if self.findings[video].get("bytes") == identity.size
+        }
+        others = [record for record in records if record.video not in known]
+        found = self.files.probe(others, threads) if others else {}
+        return found | {
+            record.id: finding(self.findings[record.video], self.name(record.video))
+            for record in records
+            if record.video in known
+        }
+
+
 @functools.lru_cache(maxsize=8)
 def _data_source(folder: str) -> Any:
     """The clips, by their number. Its readers are shared by all threads of the process."""
@@ -265,7 +311,7 @@ def _fetch_again(url: str, folder: str, shard: str, identity: Identity) -> None:
     _data_source.cache_clear()
 
 
-def _open_packed(folder: Path, origin: str, remote: dict[str, Identity]) -> Source:
+def _open_packed(folder: Path, origin: str, remote: dict[str, Identity], files: Clips) -> Source:
     if not (folder / RECORDS).is_file():
         raise ManifestError(
             f"{origin}: expected a JSONL manifest, or a folder that `jaxgrpo pack` wrote; found a "
@@ -278,7 +324,7 @@ def _open_packed(folder: Path, origin: str, remote: dict[str, Identity]) -> Sour
         try:
             finding(packed, record.video)
             findings[record.video] = packed
-            if "probe" in packed:
+            if "shard" in packed:
                 places[record.video] = Packed(packed["shard"], packed["clip"], packed["bytes"])
         except (KeyError, TypeError) as error:
             raise ManifestError(
@@ -288,7 +334,9 @@ def _open_packed(folder: Path, origin: str, remote: dict[str, Identity]) -> Sour
     for shard in sorted({place.shard for place in places.values()}):
         if not (folder / shard).is_file():
             raise ManifestError(f"{origin}: the shard {shard} is missing: copy the folder again")
-    clips = PackedClips(folder, origin, places, findings, remote)
+    clips: Clips = PackedClips(folder, origin, places, findings, remote)
+    if not places:
+        clips = ProbedClips(files, findings)
     return Source([record for record, _ in rows], clips)
 
 

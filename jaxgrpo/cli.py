@@ -138,6 +138,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/*.yaml")
         if name == "pack":
             command.add_argument("out", metavar="OUT", help="the folder to make")
+            command.add_argument(
+                "--without-clips",
+                action="store_true",
+                help="pack the rows and what probing found; the clips stay in data.root",
+            )
         command.add_argument(
             "overrides",
             nargs="*",
@@ -212,7 +217,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "pack":
         from jaxgrpo import pack
 
-        pack.main(settings, options.out)
+        pack.main(settings, options.out, not options.without_clips)
         return 0
     if options.command == "eval":
         from jaxgrpo import evaluate

@@ -25,6 +25,7 @@ from jaxgrpo.checks import above_zero as _above_zero
 from jaxgrpo.checks import accepted_by as _accepted_by
 from jaxgrpo.checks import at_least as _at_least
 from jaxgrpo.checks import check as _check
+from jaxgrpo.mixture_config import ManifestSection, MixtureSection, TaskWeightsSection
 from jaxgrpo.reward_config import RewardSection
 from jaxgrpo.strict_yaml import ConfigError
 
@@ -72,6 +73,9 @@ class DataSection:
     # A JSONL manifest, or a folder of what `jaxgrpo pack` wrote; both may be in a bucket.
     train: str = ""  # `eval` needs none
     eval: str = ""  # all of `train`, `sft` and `eval` evaluate
+    mixture: tuple[MixtureSection, ...] = ()  # several manifests with weights, in train's place
+    eval_mixture: tuple[ManifestSection, ...] = ()  # several manifests, in eval's place
+    task_weights: TaskWeightsSection = field(default_factory=TaskWeightsSection)
     root: str = field(
         default=".", metadata=_RESUMABLE
     )  # folder or bucket path that a JSONL manifest's video paths start from
@@ -98,9 +102,12 @@ class DataSection:
     prefetch: int = field(default=2, metadata=_RESUMABLE)  # batches made ahead
 
     def __post_init__(self) -> None:
-        if self.synthetic is not None and (self.train or self.eval):
-            manifest = "data.train" if self.train else "data.eval"
-            raise ConfigError(f"data.synthetic and {manifest} are both set: remove one of them")
+        names = ("synthetic", "train", "mixture", "eval", "eval_mixture")
+        given = [name for name in names if self.__dict__[name]]
+        for pair in (*(("synthetic", name) for name in names[1:]), names[1:3], names[3:]):
+            if set(pair) <= set(given):
+                both = " and ".join(f"data.{name}" for name in pair)
+                raise ConfigError(f"{both} are both set: remove one of them")
         from data.storage import is_url  # not above: see `cli`
 
         _check("data.stage", self.stage, not is_url(self.stage), "a local folder")
@@ -323,10 +330,11 @@ class Config:
             not set("{}") & set(self.compilation_cache.replace("{run_dir}", "")),
             "a folder or bucket path, with no other braces than {run_dir}",
         )
-        if self.data.synthetic is None and not (self.data.train or self.data.eval):
+        manifests = (self.data.train, self.data.mixture, self.data.eval, self.data.eval_mixture)
+        if self.data.synthetic is None and not any(manifests):
             raise ConfigError(
                 "no data: set data.train and data.eval to JSONL manifests (`eval` needs only the "
-                "second), or set data.synthetic"
+                "second), data.mixture and data.eval_mixture to several, or set data.synthetic"
             )
         evaluated = self.eval.every and self.eval.every % self.checkpoint.every == 0
         _check(
@@ -423,5 +431,13 @@ def _differences(before: Any, after: Any, prefix: str, resumable: bool) -> Itera
         free = resumable or "resumable" in item.metadata
         if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
             yield from _differences(old, new, f"{key}.", free)
+        elif _sections(old) and _sections(new) and len(old) == len(new):
+            for number, (one, other) in enumerate(zip(old, new, strict=True)):
+                yield from _differences(one, other, f"{key}[{number}].", free)
         elif old != new:  # an optional section that only one of them has is one difference
             yield Difference(key, strict_yaml.plain(old), strict_yaml.plain(new), free)
+
+
+def _sections(value: Any) -> bool:
+    """Whether it is a list of sections."""
+    return isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value))

@@ -21,11 +21,11 @@ import numpy as np
 from data.probe import Clips, Probe, VideoError
 from data.prompts import question_text, target_text
 from data.records import Record
-from data.sources import open_source
+from data.sampling import StepPlan
 from data.staging import Stage
-from data.synthetic import SyntheticSpec, write_dataset
 from data.video import FrameSampling, decode, frame_count
 from jaxgrpo.config import Config, DataSection
+from jaxgrpo.mixture import manifests, open_manifests, shares
 from models.qwen2_5_vl.processor import Processor, Prompt, Video, collate
 from models.qwen2_5_vl.sizes import PixelLimits, ProcessorError, Size
 
@@ -45,6 +45,7 @@ class Dataset(NamedTuple):
     offers: tuple[Size, ...]  # what each bucket offers to each of its prompts
     max_spans: int  # M, the most true spans that an item has
     clips: Clips  # where the records' videos are
+    weights: tuple[float, ...]  # how often each item is drawn in training, relative to 1
 
     @property
     def spares(self) -> list[list[int]]:
@@ -61,11 +62,11 @@ class Dataset(NamedTuple):
             [dataclasses.asdict(record), size]
             for record, size in zip(self.records, self.sizes, strict=True)
         ]
-        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
         return {
-            "items": f"{len(rows)} with digest {digest}",
+            "items": f"{len(rows)} with digest {_digest(rows)}",
             "bucket sizes": [size._asdict() for size in self.offers],
             "spans of an item at most": self.max_spans,
+            "weights": None if len(set(self.weights)) == 1 else _digest(self.weights),
         }
 
 
@@ -110,15 +111,6 @@ def open_stage(config: DataSection) -> Stage | None:
     return stage
 
 
-def manifest_paths(config: DataSection) -> dict[str, str]:
-    """The manifests by key, "" where none is set; synthetic ones are made, with their clips."""
-    train, evaluation = config.train, config.eval
-    if config.synthetic is not None:
-        spec = SyntheticSpec(**dataclasses.asdict(config.synthetic))
-        train, evaluation = map(str, write_dataset(config.root, spec, config.threads))
-    return {"data.train": train, "data.eval": evaluation}
-
-
 def messages(record: Record, thinking: bool) -> list[dict[str, Any]]:
     """The chat that a record's prompt is: one user's turn, the video and the question."""
     text = question_text(record, thinking)
@@ -146,21 +138,18 @@ def prepare(
     Raises:
       InputError: a manifest is not configured, none of its videos can be read, a question cannot
         be asked, prompts do not fit the largest bucket, or the hosts see different data.
-      ManifestError, SyntheticError, StorageError: see there.
+      ManifestError, MixtureError, SyntheticError, StorageError: see there.
     """
     data = config.data
     needed = {"data.train": train, "data.eval": evaluation}
-    manifests = {key: path for key, path in manifest_paths(data).items() if needed[key]}
-    for key, path in manifests.items():
-        if not path:
+    named = {key: parts for key, parts in manifests(data).items() if needed[key]}
+    for key, parts in named.items():
+        if not parts:
             raise InputError(f"{key} is empty: set it to a JSONL manifest, or set data.synthetic")
     stage = open_stage(data)
-    sources = {
-        key: open_source(path, data.root, stage, data.threads, _say)
-        for key, path in manifests.items()
-    }
-    clips = {key: source.clips for key, source in sources.items()}
-    records = {key: source.records for key, source in sources.items()}
+    opened = {key: open_manifests(parts, data, stage, _say) for key, parts in named.items()}
+    clips = {key: source.clips for key, (source, _) in opened.items()}
+    records = {key: source.records for key, (source, _) in opened.items()}
     if config.eval.limit and evaluation:
         records["data.eval"] = records["data.eval"][: config.eval.limit]
 
@@ -187,9 +176,10 @@ def prepare(
         together = usable + (swapped if key == "data.eval" else [])
         offers = _bucket_sizes([size for _, size in together], data.buckets)
         max_spans = max(max(len(record.spans), 1) for record, _ in together)
-        datasets[key] = _dataset(usable, offers, max_spans, clips[key])
+        weights = opened[key].weights
+        datasets[key] = _dataset(usable, offers, max_spans, clips[key], weights)
         if key == "data.eval" and swapped:
-            datasets["swapped"] = _dataset(swapped, offers, max_spans, clips[key])
+            datasets["swapped"] = _dataset(swapped, offers, max_spans, clips[key], weights)
     _check_hosts_agree({key: dataset.plan for key, dataset in datasets.items()})
     return Inputs(
         processor,
@@ -198,6 +188,11 @@ def prepare(
         datasets.get("swapped"),
         bad,
     )
+
+
+def step_plan(dataset: Dataset, prompts: int, seed: int) -> StepPlan:
+    """Which items each training step takes."""
+    return StepPlan(dataset.buckets, prompts, seed, dataset.spares, dataset.weights)
 
 
 def describe(inputs: Inputs) -> str:
@@ -212,6 +207,9 @@ def describe(inputs: Inputs) -> str:
                 for items, bucket in zip(dataset.buckets, dataset.offers, strict=True)
             )
             lines.append(f"{name}: {len(dataset.records)} items ({counts}); prompts: {fills}")
+    if inputs.train is not None:
+        train = inputs.train
+        lines += [f"  {line}" for line in shares(train.records, train.weights, train.clips)]
     if inputs.excluded:
         shown = list(inputs.excluded.values())[:_SHOWN]
         more = len(inputs.excluded) - len(shown)
@@ -435,11 +433,21 @@ def bucket_offer(members: Sequence[Size], tokens: int) -> Size:
 
 
 def _dataset(
-    usable: Sequence[tuple[Record, Size]], offers: tuple[Size, ...], max_spans: int, clips: Clips
+    usable: Sequence[tuple[Record, Size]],
+    offers: tuple[Size, ...],
+    max_spans: int,
+    clips: Clips,
+    weights: Mapping[str, float],
 ) -> Dataset:
     widths = [bucket.tokens for bucket in offers]
     items: list[list[int]] = [[] for _ in offers]
     for number, (_, size) in enumerate(usable):
         items[_bucket_of(size.tokens, widths)].append(number)
     records, sizes = zip(*usable, strict=True)
-    return Dataset(records, sizes, tuple(map(tuple, items)), offers, max_spans, clips)
+    drawn = tuple(weights[record.id] for record in records)
+    return Dataset(records, sizes, tuple(map(tuple, items)), offers, max_spans, clips, drawn)
+
+
+def _digest(value: Any) -> str:
+    """A short text that differs where the value, made of JSON's types, does."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -10,7 +10,6 @@ import time
 
 import jax
 
-from data.sampling import StepPlan
 from jaxgrpo import evaluate, preemption
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.feed import Feed
@@ -21,6 +20,7 @@ from jaxgrpo.inputs import (
     TargetLoader,
     describe,
     prepare,
+    step_plan,
 )
 from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
@@ -117,7 +117,7 @@ def main(config: Config) -> None:
         # ---- the loop ----
         loader = Feed(
             mesh,
-            StepPlan(inputs.train.buckets, prompts, config.seed, inputs.train.spares),
+            step_plan(inputs.train, prompts, config.seed),
             targets,
             TargetCollator(PromptCollator(inputs.train.offers, processor.pad_id), length),
             inputs.train.records,

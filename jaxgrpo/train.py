@@ -13,11 +13,10 @@ import jax
 import numpy as np
 
 from data.records import Record
-from data.sampling import StepPlan
 from jaxgrpo import evaluate, preemption
 from jaxgrpo.config import Config, RolloutSection
 from jaxgrpo.feed import Feed
-from jaxgrpo.inputs import PromptCollator, PromptLoader, describe, prepare
+from jaxgrpo.inputs import PromptCollator, PromptLoader, describe, prepare, step_plan
 from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.policy import Params
@@ -134,7 +133,7 @@ def main(config: Config) -> None:
         # ---- data: the step plan, loaded ahead ----
         loader = Feed(
             mesh,
-            StepPlan(inputs.train.buckets, prompts, config.seed, inputs.train.spares),
+            step_plan(inputs.train, prompts, config.seed),
             PromptLoader(processor, inputs.train.records, config.data, inputs.train.clips),
             PromptCollator(inputs.train.offers, processor.pad_id),
             inputs.train.records,
