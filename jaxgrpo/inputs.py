@@ -207,9 +207,9 @@ def describe(inputs: Inputs) -> str:
                 for items, bucket in zip(dataset.buckets, dataset.offers, strict=True)
             )
             lines.append(f"{name}: {len(dataset.records)} items ({counts}); prompts: {fills}")
-    if inputs.train is not None:
-        train = inputs.train
-        lines += [f"  {line}" for line in shares(train.records, train.weights, train.clips)]
+            if name == "train":
+                told = shares(dataset.records, dataset.weights, dataset.clips)
+                lines += [f"  {line}" for line in told]
     if inputs.excluded:
         shown = list(inputs.excluded.values())[:_SHOWN]
         more = len(inputs.excluded) - len(shown)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data.convert.reading import ConvertError
 from data.records import read_manifest
 from jaxgrpo import cli, convert
 from tests.data.convert.files import json_file
@@ -180,3 +183,55 @@ def test_the_command_line_and_this_module_know_the_same_kinds(folder: Path) -> N
     for kind in cli._KINDS:
         with pytest.raises(ValueError):  # no rows, or no JSON; not an AssertionError
             convert.main(kind, ["in"], "out.jsonl", {"root": ".", "seed": 0})
+
+
+# ---- damage ----
+
+JUNK: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    1e308,
+    "",
+    "\ud800",
+    "a\0b",
+    [],
+    {},
+    [[]],
+    "../x",
+    "A",
+    10**30,
+]
+JUNK += [[1, 2, 3], [5, 1], "<think>", "A. x\nB. y", float("nan"), float("inf"), {"a": "b"}]
+
+
+def damaged(value: Any, chance: random.Random) -> Any:
+    """The value with parts of it replaced, doubled or missing."""
+    if chance.random() < 0.1:
+        return chance.choice(JUNK)
+    if isinstance(value, dict):
+        return {k: damaged(v, chance) for k, v in value.items() if chance.random() > 0.04}
+    if isinstance(value, list):
+        kept = [damaged(item, chance) for item in value if chance.random() > 0.04]
+        return kept * chance.choice([1, 1, 1, 2])
+    return value
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (text, *_) in SMALLEST.items() if text[0] in "[{"])
+def test_whatever_is_damaged_every_row_is_written_or_rejected(kind: str, folder: Path) -> None:
+    chance, outcomes = random.Random(kind), set()
+    whole = json.loads(SMALLEST[kind][0])
+    for number in range(150):
+        json_file(folder / "in", damaged(whole, chance))
+        try:
+            done = convert._convert(kind, [folder / "in"], {"root": ".", "seed": 0})
+        except ConvertError:
+            outcomes.add("refused")
+            continue
+        assert done.read == len(done.records) + len(done.rejected)
+        outcomes |= {"written"} if done.records else {"rejected"}
+        if done.records:
+            done.write(folder / f"{number}.jsonl")
+            assert read_manifest(folder / f"{number}.jsonl", folder) == done.records
+    assert outcomes == {"refused", "written", "rejected"}
