@@ -24,8 +24,9 @@ from data.records import CHOICE_TASKS, SPAN_TASKS, TASKS, Record, merge_spans, r
 from data.sampling import OnePass
 from jaxgrpo import preemption
 from jaxgrpo.config import Config
+from jaxgrpo.dataset import Dataset
 from jaxgrpo.feed import Feed
-from jaxgrpo.inputs import Dataset, Inputs, PromptCollator, PromptLoader, describe, prepare
+from jaxgrpo.inputs import Inputs, PromptCollator, PromptLoader, describe, prepare
 from jaxgrpo.load import open_params, open_policy, open_processor
 from jaxgrpo.policy import Params, Policy
 from jaxgrpo.processes import start_processes

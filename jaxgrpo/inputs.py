@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +19,10 @@ import numpy as np
 from data.probe import Clips, Probe, VideoError
 from data.prompts import question_text, target_text
 from data.records import Record
-from data.sampling import StepPlan
 from data.staging import Stage
 from data.video import FrameSampling, decode, frame_count
 from jaxgrpo.config import Config, DataSection
+from jaxgrpo.dataset import Dataset, bucket_sizes, make_dataset
 from jaxgrpo.mixture import manifests, open_manifests, shares
 from models.qwen2_5_vl.processor import Processor, Prompt, Video, collate
 from models.qwen2_5_vl.sizes import PixelLimits, ProcessorError, Size
@@ -34,40 +32,6 @@ _SHOWN = 5  # bad items that a message names
 
 class InputError(ValueError):
     """Data that cannot be trained on or evaluated as configured."""
-
-
-class Dataset(NamedTuple):
-    """The usable records of one manifest; an item is a record's number in it."""
-
-    records: tuple[Record, ...]
-    sizes: tuple[Size, ...]  # what each item's prompt needs
-    buckets: tuple[tuple[int, ...], ...]  # the items of each bucket
-    offers: tuple[Size, ...]  # what each bucket offers to each of its prompts
-    max_spans: int  # M, the most true spans that an item has
-    clips: Clips  # where the records' videos are
-    weights: tuple[float, ...]  # how often each item is drawn in training, relative to 1
-
-    @property
-    def spares(self) -> list[list[int]]:
-        """Per bucket the items of others that it would hold, for when its own are all bad."""
-        return [
-            [i for i, size in enumerate(self.sizes) if i not in own and size.fits(offer)]
-            for own, offer in zip(map(set, self.buckets), self.offers, strict=True)
-        ]
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """What the steps depend on besides the config: by name, JSON values, and short."""
-        rows = [
-            [dataclasses.asdict(record), size]
-            for record, size in zip(self.records, self.sizes, strict=True)
-        ]
-        return {
-            "items": f"{len(rows)} with digest {_digest(rows)}",
-            "bucket sizes": [size._asdict() for size in self.offers],
-            "spans of an item at most": self.max_spans,
-            "weights": None if len(set(self.weights)) == 1 else _digest(self.weights),
-        }
 
 
 class Inputs(NamedTuple):
@@ -174,12 +138,12 @@ def prepare(
     datasets = {}
     for key, usable in measured.items():
         together = usable + (swapped if key == "data.eval" else [])
-        offers = _bucket_sizes([size for _, size in together], data.buckets)
+        offers = bucket_sizes([size for _, size in together], data.buckets)
         max_spans = max(max(len(record.spans), 1) for record, _ in together)
         weights = opened[key].weights
-        datasets[key] = _dataset(usable, offers, max_spans, clips[key], weights)
+        datasets[key] = make_dataset(usable, offers, max_spans, clips[key], weights)
         if key == "data.eval" and swapped:
-            datasets["swapped"] = _dataset(swapped, offers, max_spans, clips[key], weights)
+            datasets["swapped"] = make_dataset(swapped, offers, max_spans, clips[key], weights)
     _check_hosts_agree({key: dataset.plan for key, dataset in datasets.items()})
     return Inputs(
         processor,
@@ -188,11 +152,6 @@ def prepare(
         datasets.get("swapped"),
         bad,
     )
-
-
-def step_plan(dataset: Dataset, prompts: int, seed: int) -> StepPlan:
-    """Which items each training step takes."""
-    return StepPlan(dataset.buckets, prompts, seed, dataset.spares, dataset.weights)
 
 
 def describe(inputs: Inputs) -> str:
@@ -407,47 +366,3 @@ def _check_fits(key: str, usable: Sequence[tuple[Record, Size]], buckets: Sequen
             f"tokens): {shown}{', ...' if len(long) > _SHOWN else ''}; add a bucket of {longest} "
             "to data.buckets, or lower data.total_pixels, data.max_pixels or data.fps"
         )
-
-
-def _bucket_of(tokens: int, buckets: Sequence[int]) -> int:
-    return int(np.searchsorted(np.asarray(buckets), tokens))
-
-
-def _bucket_sizes(sizes: Sequence[Size], tokens: Sequence[int]) -> tuple[Size, ...]:
-    """What each bucket offers: its tokens, and of all else the most that a prompt in it needs."""
-    offers: list[Size] = []
-    for bucket, width in enumerate(tokens):
-        members = [size for size in sizes if _bucket_of(size.tokens, tokens) == bucket]
-        offers.append(bucket_offer(members, width))
-    return tuple(offers)
-
-
-def bucket_offer(members: Sequence[Size], tokens: int) -> Size:
-    """What a bucket of `tokens` tokens must offer to prompts of these sizes.
-
-    The rows that a prompt's frames need are known once the largest frame of the bucket is.
-    """
-    most = Size(*np.max(members, axis=0).tolist()) if members else Size(0, 0, 0, 0, 0)
-    rows = max((size.rows(most.frame_patches) for size in members), default=0)
-    return most._replace(tokens=tokens, frames=rows)
-
-
-def _dataset(
-    usable: Sequence[tuple[Record, Size]],
-    offers: tuple[Size, ...],
-    max_spans: int,
-    clips: Clips,
-    weights: Mapping[str, float],
-) -> Dataset:
-    widths = [bucket.tokens for bucket in offers]
-    items: list[list[int]] = [[] for _ in offers]
-    for number, (_, size) in enumerate(usable):
-        items[_bucket_of(size.tokens, widths)].append(number)
-    records, sizes = zip(*usable, strict=True)
-    drawn = tuple(weights[record.id] for record in records)
-    return Dataset(records, sizes, tuple(map(tuple, items)), offers, max_spans, clips, drawn)
-
-
-def _digest(value: Any) -> str:
-    """A short text that differs where the value, made of JSON's types, does."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

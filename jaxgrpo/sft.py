@@ -12,6 +12,7 @@ import jax
 
 from jaxgrpo import evaluate, preemption
 from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.dataset import step_plan
 from jaxgrpo.feed import Feed
 from jaxgrpo.inputs import (
     PromptCollator,
@@ -20,7 +21,6 @@ from jaxgrpo.inputs import (
     TargetLoader,
     describe,
     prepare,
-    step_plan,
 )
 from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress

@@ -15,8 +15,9 @@ import numpy as np
 from data.records import Record
 from jaxgrpo import evaluate, preemption
 from jaxgrpo.config import Config, RolloutSection
+from jaxgrpo.dataset import step_plan
 from jaxgrpo.feed import Feed
-from jaxgrpo.inputs import PromptCollator, PromptLoader, describe, prepare, step_plan
+from jaxgrpo.inputs import PromptCollator, PromptLoader, describe, prepare
 from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.policy import Params

@@ -35,7 +35,6 @@ from jaxgrpo.inputs import (
 )
 from jaxgrpo.load import open_processor
 from models.qwen2_5_vl.processor import Processor, Video
-from models.qwen2_5_vl.sizes import Size
 from tests.data import clips
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import Workplace
@@ -159,44 +158,6 @@ def test_training_is_sized_without_evaluation(
     assert inputs.train.offers[0] == inputs.train.sizes[0]._replace(tokens=1000)
     assert inputs.evaluation.offers[0].frames > inputs.train.offers[0].frames
     assert (inputs.train.max_spans, inputs.evaluation.max_spans) == (1, 2)
-
-
-def test_the_plan_of_a_dataset_notices_whatever_changes_its_steps(inputs: Inputs) -> None:
-    train, plan = inputs.train, inputs.train.plan
-    assert json.loads(json.dumps(plan)) == plan  # as a checkpoint gives it back
-    first, *rest = train.records
-    for records in (
-        (dataclasses.replace(first, question="What now?"), *rest),
-        (dataclasses.replace(first, video="other.mp4"), *rest),
-        (*rest, first),
-    ):
-        assert train._replace(records=records).plan["items"] != plan["items"]
-    sizes = (train.sizes[0]._replace(frames=99), *train.sizes[1:])
-    assert train._replace(sizes=sizes).plan["items"] != plan["items"]
-    assert train._replace(offers=train.offers[:-1]).plan != plan
-    assert train._replace(max_spans=7).plan != plan
-
-
-def test_a_spare_of_a_bucket_is_an_item_of_another_that_it_holds(inputs: Inputs) -> None:
-    train = inputs.train
-    assert any(train.spares)
-    for number, spares in enumerate(train.spares):
-        others = set(range(len(train.records))) - set(train.buckets[number])
-        assert set(spares) == {i for i in others if train.sizes[i].fits(train.offers[number])}
-
-
-def test_a_spare_whose_frames_do_not_fit_the_rows_is_none(inputs: Inputs) -> None:
-    own = Size(tokens=200, patches=480, windows=20, frames=3, frame_patches=160)
-    narrow = Size(tokens=90, patches=400, windows=20, frames=10, frame_patches=40)  # 4 in a row
-    long = Size(tokens=90, patches=440, windows=20, frames=11, frame_patches=40)
-    longer = Size(tokens=90, patches=520, windows=20, frames=13, frame_patches=40)
-    wide = Size(tokens=90, patches=161, windows=20, frames=1, frame_patches=161)
-    half = Size(tokens=90, patches=324, windows=20, frames=4, frame_patches=81)  # 1 in a row
-    sizes = (own, narrow, long, longer, wide, half)
-    dataset = inputs.train._replace(
-        sizes=sizes, buckets=((1, 2, 3, 4, 5), (0,)), offers=(long._replace(tokens=100), own)
-    )
-    assert dataset.spares[1] == [1, 2]
 
 
 def test_a_measured_prompt_is_what_is_loaded(config: Config, inputs: Inputs) -> None:

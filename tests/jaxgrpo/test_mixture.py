@@ -15,7 +15,8 @@ from data.mixture import MixedClips
 from data.pipeline import batches
 from data.sampling import PlannedStep
 from jaxgrpo import cli
-from jaxgrpo.inputs import Inputs, PromptCollator, PromptLoader, describe, prepare, step_plan
+from jaxgrpo.dataset import step_plan
+from jaxgrpo.inputs import Inputs, PromptCollator, PromptLoader, describe, prepare
 from jaxgrpo.load import open_processor
 from jaxgrpo.mixture import shares
 from models.qwen2_5_vl.processor import Processor
