@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from jaxgrpo.checks import RESUMABLE
 from jaxgrpo.strict_yaml import ConfigError
 
 
@@ -15,7 +16,7 @@ class ManifestSection:
 
     manifest: str  # a JSONL manifest, or a folder of what `jaxgrpo pack` wrote
     root: str | None = field(
-        default=None, metadata={"resumable": True}
+        default=None, metadata=RESUMABLE
     )  # folder or bucket path of its videos; null: data.root
     prefix: str = ""  # put in front of its ids, where another manifest has the same ones
 

@@ -116,6 +116,8 @@ class Conversion:
         rejects = Path(out).with_suffix(".rejects.jsonl")
         lines = [json.dumps(row._asdict(), default=_plain) for row in self.rejected]
         write_atomically(rejects, "".join(f"{line}\n" for line in lines))
+        if not self.read:
+            raise ConvertError(f"{out} not written: there are no rows in the files")
         if not self.records:
             raise ConvertError(
                 f"{out} not written: none of the {self.read} rows can be used; {rejects} says why:"

@@ -72,6 +72,11 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.rejects.jsonl"]
 
 
+def test_files_without_rows_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConvertError, match="there are no rows in the files"):
+        Conversion().write(tmp_path / "out.jsonl")
+
+
 def test_the_summary_counts_each_reason_with_its_first_row() -> None:
     done = Conversion(notes=["by the way"])
     for source in ("f:1", "f:2"):
