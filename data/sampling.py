@@ -68,7 +68,8 @@ class StepPlan:
 
     With weights (see the top of the module) an epoch is a permutation with repetitions. The
     repetitions of an item lie evenly over the epoch, and no step holds an item twice unless the
-    bucket's epoch is short (fewer than 2P - 1 draws) or the item has more turns than steps.
+    bucket's epoch is short (about 2P draws or fewer) or an item has almost as many turns as there
+    are steps.
 
     Epoch e of the whole data is over when every bucket has been through e + 1 of its own epochs.
     Buckets take turns in proportion to their sizes, in a random order that is fresh in each epoch.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,14 @@ def test_whatever_is_damaged_every_row_is_written_or_rejected(kind: str, folder:
             done.write(folder / f"{number}.jsonl")
             assert read_manifest(folder / f"{number}.jsonl", folder) == done.records
     assert outcomes == {"refused", "written", "rejected"}
+
+
+# ---- docs ----
+
+
+def test_the_commands_in_the_docs_are_valid_and_name_every_kind() -> None:
+    text = (Path(cli.__file__).parents[1] / "docs" / "data.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(x)[1:] for x in text.splitlines() if x.startswith("jaxgrpo convert ")]
+    parsed = [cli._parser().parse_args(command) for command in commands]
+    assert [options.kind for options in parsed] == list(cli._KINDS)
+    assert all(options.out.endswith(".jsonl") for options in parsed)
