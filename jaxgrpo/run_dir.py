@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Self
 import jax
 
 from data.pipeline import Failure
+from data.probe import GIVEN_UP
 from data.records import TASKS, Record, write_atomically
 from data.storage import is_folder, is_url, join
 from jaxgrpo import config as configs
@@ -224,6 +225,15 @@ class RunDir:
             if name not in self.failures:
                 new[name] = self.failures[name] = reason
         return [f"replaced {name}: {reason}" for name, reason in new.items()]
+
+    def given_up(self, records: Sequence[Record]) -> dict[int, tuple[str, str]]:
+        """Item -> kind and message of the videos whose decoder hung; see `feed.Feed`."""
+        reasons = ((i, self.failures.get(record.id, "")) for i, record in enumerate(records))
+        return {
+            item: (GIVEN_UP, reason.removeprefix(f"{GIVEN_UP}: "))
+            for item, reason in reasons
+            if reason.startswith(f"{GIVEN_UP}: ")
+        }
 
     def finish(self) -> None:
         """Waits for the last checkpoint and draws the curves."""

@@ -24,9 +24,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that were really looked at."""
     names: list[str] = []
 
-    def counting(path: Path) -> Probe:
+    def counting(path: Path, timeout: float) -> Probe:
         names.append(Path(path).name)
-        return probe(path)
+        return probe(path, timeout)
 
     monkeypatch.setattr(data.probe, "probe", counting)
     return names

@@ -35,6 +35,7 @@ from jaxgrpo.inputs import (
 )
 from jaxgrpo.load import open_processor
 from models.qwen2_5_vl.processor import Processor, Video
+from models.qwen2_5_vl.resize import pillow
 from models.qwen2_5_vl.sizes import Size
 from tests.data import clips
 from tests.jaxgrpo import tiny_run
@@ -369,7 +370,7 @@ def test_from_file_to_prompt_it_is_what_pyav_qwen_vl_utils_and_transformers_make
     data = DataSection(train="unread.jsonl", root=str(tmp_path), fps=3.0, min_pixels=20 * 784)
     span = ((0.5, 1.0),)
     record = Record("a", "a.mp4", "tvg", "When does it open?", (), None, span, 4.0, clip)
-    processor = Processor.load(model, pixel_limits(data))
+    processor = Processor.load(model, pixel_limits(data), pillow)  # as transformers, below
     prompt = PromptLoader(processor, (record,), data, FolderClips(data.root))(0)
 
     pixels, _ = clips.decode_all(path)
