@@ -375,12 +375,12 @@ def _measure(
         if record.id in excluded:
             continue
         if isinstance(probe, VideoError):
-            errors[record.id] = f"{record.id}: {probe}"
+            errors[record.id] = f"{record.id}: {probe.kind}: {probe}"
             continue
         try:
             measured.append((record, _size(record, probe, clips, processor, data)))
         except VideoError as error:
-            errors[record.id] = f"{record.id}: {error}"
+            errors[record.id] = f"{record.id}: {error.kind}: {error}"
     errors = {name: reason for part in _from_hosts(errors) for name, reason in part.items()}
     return [(record, size) for record, size in measured if record.id not in errors], errors
 

@@ -163,6 +163,8 @@ def main(config: Config) -> None:
                 if run.stopping:
                     run.stop(done)
         progress.close()
+        if bad := run.bad_videos():
+            say(bad)
         run.finish()
     say(closing_words(config))
 

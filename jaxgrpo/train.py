@@ -239,6 +239,8 @@ def main(config: Config) -> None:
                 batch = following
         progress.close()
         say(scores_table(run, config.train.steps))
+        if bad := run.bad_videos():
+            say(bad)
         run.finish()
     say(closing_words(config))
 

@@ -218,7 +218,9 @@ def test_a_bad_video_is_left_out_and_named(config: Config, inputs: Inputs) -> No
     text = describe(inputs)
     assert "train: 13 items (4 gqa, 4 mcqa, 5 tvg)" in text
     assert "1 items left out, their videos cannot be read" in text
-    assert f"  notes: {config.data.root}/{tiny_run.NOTES}: OpenCV finds no video" in text
+    assert (
+        f"  notes: unreadable: {config.data.root}/{tiny_run.NOTES}: OpenCV finds no video" in text
+    )
 
 
 def test_a_video_of_an_impossible_shape_is_left_out_and_named(
@@ -239,7 +241,7 @@ def test_a_video_of_an_impossible_shape_is_left_out_and_named(
     inputs = prepare(config, processor, train=False, evaluation=True)
     assert [record.id for record in inputs.evaluation.records] == [r.id for r in records]
     reason = inputs.excluded["data.eval/odd"]
-    assert reason.startswith(f"odd: {strip}: ") and "aspect ratio above 200" in reason
+    assert reason.startswith(f"odd: shape: {strip}: ") and "aspect ratio above 200" in reason
 
 
 def test_a_question_that_spells_a_placeholder_is_named(
