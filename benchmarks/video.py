@@ -167,7 +167,7 @@ def differences(path: Path, loader: PromptLoader) -> dict[str, float]:
 
 
 def parts(path: Path, loader: PromptLoader, rounds: int) -> dict[str, float]:
-    """CPU milliseconds of a prompt: decoding alone, with the chosen frames, resized, patches."""
+    """CPU milliseconds of a prompt's parts, and of one part if Pillow did it."""
     sampling, processor = frame_sampling(loader.data), loader.processor
 
     def grab() -> None:
@@ -175,16 +175,19 @@ def parts(path: Path, loader: PromptLoader, rounds: int) -> dict[str, float]:
         while capture.grab():
             pass
 
+    by_pillow = dataclasses.replace(processor, resize=pillow)
     frames = decode(path, sampling, None, None, processor.resize_frame)
     video = Video(frames.frames, frames.seconds_per_frame, frames.decoded_hw)
     steps = {
         "decoding": grab,
         "chosen frames": lambda: decode(path, sampling),
         "resizing": lambda: decode(path, sampling, None, None, processor.resize_frame),
+        "resizing by Pillow": lambda: decode(path, sampling, None, None, by_pillow.resize_frame),
         "patches, tokens": lambda: processor(messages(QUESTION, True), [video]),
     }
     spent = {name: time_.cpu * 1000 for name, time_ in timed(steps, rounds).items()}
     spent["resizing"] -= spent["chosen frames"]
+    spent["resizing by Pillow"] -= spent["chosen frames"]
     spent["chosen frames"] -= spent["decoding"]
     return spent
 

@@ -169,7 +169,10 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
 
 
 def test_a_third_of_broken_videos_is_replaced_alike_by_a_resumed_run(place: Workplace) -> None:
-    """Among them one whose decoder hangs, until the run is killed; it is not tried again."""
+    """Among them one whose decoder hangs, until the run is killed; it is not tried again.
+
+    One run decodes each video once and keeps its frames; the other decodes whenever it draws it.
+    """
     clips = place.folder / "broken_clips"
     shutil.copytree(place.clips, clips)
     good = read_manifest(clips / "train.jsonl", clips)
@@ -190,7 +193,8 @@ def test_a_third_of_broken_videos_is_replaced_alike_by_a_resumed_run(place: Work
         *("train.steps=8", "eval.every=0", "eval.limit=2", "data.timeout=5"),
     ]
     whole, killed = place.folder / "broken", place.folder / "broken_killed"
-    finished = tiny_run.run(place, "train", whole, *overrides, hangs="hangs.mp4")
+    store = f"data.frame_store={place.folder / 'frames'}"
+    finished = tiny_run.run(place, "train", whole, *overrides, store, hangs="hangs.mp4")
     tiny_run.run(place, "train", killed, *overrides, hangs="hangs.mp4", kill="update:5")
     resumed = tiny_run.run(place, "train", killed, *overrides)
 
@@ -200,8 +204,10 @@ def test_a_third_of_broken_videos_is_replaced_alike_by_a_resumed_run(place: Work
         for name, kind in [*((name, broken.CASES[name].outcome) for name in BROKEN), HUNG]:
             [line] = [x for x in summary.splitlines() if x.startswith(f"  {kind}: ")]
             assert name in line
-    failed = [line["data/failed_videos"] for line in tiny_run.lines(whole, "train")]
-    assert failed[-1] == 5
+    last = tiny_run.lines(whole, "train")[-1]
+    assert last["data/failed_videos"] == 5
+    drawn = last["data/frame_store_hits"] + last["data/frame_store_misses"]
+    assert drawn >= 8 * 4 and last["data/frame_store_hits"] > 8
 
 
 HUNG = ("hangs", "timeout")

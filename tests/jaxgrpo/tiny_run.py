@@ -356,8 +356,9 @@ def lines(run_dir: Path, split: str | None = None) -> list[dict[str, Any]]:
 
 
 def without_times(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines without what a clock measured, and what a process compiled since its start."""
-    timed = ("time/", "throughput/", "compilations")
+    """The lines without what a clock measured, and what a process compiled, or found in the frame
+    store, since its start."""
+    timed = ("time/", "throughput/", "compilations", "data/frame_store")
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in found]
 
 
