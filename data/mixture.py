@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,14 +63,16 @@ class MixedClips:
         number, own = _split(video)
         return self.parts[number].fetch(own)
 
-    def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
+    def probe(
+        self, records: Iterable[Record], threads: int, timeout: float = math.inf
+    ) -> dict[str, Probe | VideoError]:
         by_part: dict[int, list[Record]] = collections.defaultdict(list)
         for record in records:
             number, own = _split(record.video)
             by_part[number].append(dataclasses.replace(record, video=own))
         found: dict[str, Probe | VideoError] = {}
         for number, some in by_part.items():
-            found |= self.parts[number].probe(some, threads)
+            found |= self.parts[number].probe(some, threads, timeout)
         return found
 
 

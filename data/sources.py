@@ -11,6 +11,7 @@ A dataset that was packed without clips has only their rows and what they claim.
 from __future__ import annotations
 
 import functools
+import math
 import posixpath
 import threading
 from collections.abc import Callable, Iterable
@@ -109,8 +110,10 @@ class FolderClips:
     def fetch(self, video: str) -> Path:
         return Path(self.root, video)
 
-    def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
-        return probe_all(records, self, threads, Path(self.root, ".probes.json"))
+    def probe(
+        self, records: Iterable[Record], threads: int, timeout: float = math.inf
+    ) -> dict[str, Probe | VideoError]:
+        return probe_all(records, self, threads, Path(self.root, ".probes.json"), timeout)
 
 
 # ---- a bucket ----
@@ -151,7 +154,9 @@ class BucketClips:
             raise VideoError("unreachable", str(error)) from error
         return Encoded(url, data)
 
-    def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
+    def probe(
+        self, records: Iterable[Record], threads: int, timeout: float = math.inf
+    ) -> dict[str, Probe | VideoError]:
         """Reads every video once, which fills the stage; findings are kept there or in the cache.
 
         Raises:
@@ -159,7 +164,7 @@ class BucketClips:
         """
         folder = self.stage.folder if self.stage else cache_folder()
         cache = folder / "probes" / f"{digest(self.root.rstrip('/'))}.json"
-        return probe_all(records, self, threads, cache)
+        return probe_all(records, self, threads, cache, timeout)
 
 
 # ---- a packed dataset ----
@@ -196,9 +201,9 @@ class PackedClips:
 
     def identities(self, videos: Iterable[str], threads: int) -> dict[str, Identity]:
         return {
-            video: Identity(self.places[video].bytes, "")
+            video: Identity(place.bytes, f"{place.shard} {place.clip} {self._written(place.shard)}")
             for video in videos
-            if video in self.places
+            if (place := self.places.get(video))
         }
 
     def fetch(self, video: str) -> Encoded:
@@ -219,11 +224,20 @@ class PackedClips:
                 _fetch_again(self.origin, str(self.folder), place.shard, self.remote[place.shard])
             return self._read(video, place)
 
-    def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
+    def probe(
+        self, records: Iterable[Record], threads: int, timeout: float = math.inf
+    ) -> dict[str, Probe | VideoError]:
         return {
             record.id: finding(self.findings[record.video], self.name(record.video))
             for record in records
         }
+
+    def _written(self, shard: str) -> int:
+        """When a shard was written, in ns; 0 for one that is gone."""
+        try:
+            return (self.folder / shard).stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def _read(self, video: str, place: Packed) -> Encoded:
         try:
@@ -265,7 +279,9 @@ class ProbedClips:
     def fetch(self, video: str) -> VideoFile:
         return self.files.fetch(video)
 
-    def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
+    def probe(
+        self, records: Iterable[Record], threads: int, timeout: float = math.inf
+    ) -> dict[str, Probe | VideoError]:
         records = list(records)
         now = self.identities({record.video for record in records}, threads)
         known = {
@@ -274,7 +290,7 @@ class ProbedClips:
             if self.findings[video].get("bytes") == identity.size
         }
         others = [record for record in records if record.video not in known]
-        found = self.files.probe(others, threads) if others else {}
+        found = self.files.probe(others, threads, timeout) if others else {}
         return found | {
             record.id: finding(self.findings[record.video], self.name(record.video))
             for record in records

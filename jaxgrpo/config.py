@@ -88,9 +88,19 @@ class DataSection:
     fps: float = 2.0  # frames sampled per second of video
     min_frames: int = 4
     max_frames: int = 768
+    frames: int | None = None  # so many of every video instead; an even number
     min_pixels: int = 4 * 28 * 28  # of one frame
     max_pixels: int = 768 * 28 * 28  # of one frame
     total_pixels: int = 2048 * 28 * 28  # of one video: 2,048 video tokens
+    resize: Literal["exact", "pillow"] = "exact"  # exact: as the released model was trained;
+    # pillow: rounded between the axes, as transformers does
+    frame_store: str = field(
+        default="", metadata=_RESUMABLE
+    )  # local folder for decoded frames, so that an epoch decodes once; "": none
+    frame_store_gib: float = field(default=100.0, metadata=_RESUMABLE)  # that it may hold
+    timeout: float = field(
+        default=120.0, metadata=_RESUMABLE
+    )  # seconds in which a decoder may make no progress
     thinking: bool = True  # ask for <think>...</think> before the answer
     buckets: tuple[int, ...] = (1024, 2048, 4096)  # prompt tokens that prompts are padded to
     threads: int = field(
@@ -110,10 +120,13 @@ class DataSection:
                 raise ConfigError(f"{both} are both set: remove one of them")
         from data.storage import is_url  # not above: see `cli`
 
-        _check("data.stage", self.stage, not is_url(self.stage), "a local folder")
+        for key, folder in (("stage", self.stage), ("frame_store", self.frame_store)):
+            _check(f"data.{key}", folder, not is_url(folder), "a local folder")
         if self.synthetic is not None:
             _check("data.root", self.root, not is_url(self.root), "a local folder: clips are made")
-        _above_zero("data", self, "fps", "stage_gib", "shard_mib")
+        _above_zero("data", self, "fps", "stage_gib", "shard_mib", "frame_store_gib", "timeout")
+        even = self.frames is None or (self.frames > 0 and self.frames % 2 == 0)
+        _check("data.frames", self.frames, even, "an even number above 0: pairs enter the model")
         _at_least("data", self, min_frames=2, min_pixels=1, threads=1, workers=0, prefetch=1)
         _at_least("data", self, max_frames=self.min_frames)
         _at_least("data", self, max_pixels=self.min_pixels, total_pixels=self.min_pixels)

@@ -26,7 +26,7 @@ from jaxgrpo import preemption
 from jaxgrpo.config import Config
 from jaxgrpo.dataset import Dataset
 from jaxgrpo.feed import Feed
-from jaxgrpo.inputs import Inputs, PromptCollator, PromptLoader, describe, prepare
+from jaxgrpo.inputs import Inputs, PromptCollator, describe, prepare, prompt_loader
 from jaxgrpo.load import open_params, open_policy, open_processor
 from jaxgrpo.policy import Params, Policy
 from jaxgrpo.processes import start_processes
@@ -207,7 +207,7 @@ def predict(
     loader = Feed(
         mesh,
         plan,
-        PromptLoader(inputs.processor, dataset.records, config.data, dataset.clips),
+        prompt_loader(inputs, dataset, config.data),
         PromptCollator(dataset.offers, inputs.processor.pad_id),
         dataset.records,
         config.data,

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.frames import FrameStore, open_store
 from data.probe import Clips, Probe, VideoError
 from data.prompts import question_text, target_text
 from data.records import Record
 from data.staging import Stage
-from data.video import FrameSampling, decode, frame_count
+from data.video import Frames, FrameSampling, decode, frame_count
 from jaxgrpo.config import Config, DataSection
 from jaxgrpo.dataset import Dataset, bucket_sizes, make_dataset
 from jaxgrpo.mixture import manifests, open_manifests, shares
@@ -42,6 +43,12 @@ class Inputs(NamedTuple):
     evaluation: Dataset | None
     swapped: Dataset | None  # grounding questions of `evaluation`, each about another item's video
     excluded: dict[str, str]  # "data.train/ID" -> why its video cannot be read: in no dataset
+    store: FrameStore | None  # keeps decoded frames
+
+    def served(self) -> dict[str, int]:
+        """How often this process found a video in the store, by the names of metrics.jsonl."""
+        served = self.store.served()._asdict() if self.store else {}
+        return {f"data/frame_store_{name}": count for name, count in served.items()}
 
 
 class Target(NamedTuple):
@@ -59,7 +66,7 @@ def pixel_limits(config: DataSection) -> PixelLimits:
 
 def frame_sampling(config: DataSection) -> FrameSampling:
     """Which frames of a video the model sees."""
-    return FrameSampling(config.fps, config.min_frames, config.max_frames)
+    return FrameSampling(config.fps, config.min_frames, config.max_frames, config.frames)
 
 
 def open_stage(config: DataSection) -> Stage | None:
@@ -120,7 +127,7 @@ def prepare(
     bad = dict(excluded or {})
     measured: dict[str, list[tuple[Record, Size]]] = {}
     for key, rows in records.items():
-        probes = clips[key].probe(rows, data.threads)
+        probes = clips[key].probe(rows, data.threads, data.timeout)
         left_out = {record.id for record in rows if f"{key}/{record.id}" in bad}
         usable, errors = _measure(rows, probes, clips[key], processor, data, left_out)
         bad |= {f"{key}/{name}": reason for name, reason in errors.items()}
@@ -151,6 +158,7 @@ def prepare(
         datasets.get("data.eval"),
         datasets.get("swapped"),
         bad,
+        open_store(data.frame_store, data.frame_store_gib) if data.frame_store else None,
     )
 
 
@@ -179,23 +187,63 @@ def describe(inputs: Inputs) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PromptLoader:
-    """Item -> prompt: decodes the video and processes it. Runs in data threads and workers."""
+    """Item -> prompt: decodes the video and processes it. Runs in data threads and workers.
+
+    Attributes:
+      sizes: what the items' prompts were measured to need; without them nothing is compared.
+      store: keeps frames, if any.
+    """
 
     processor: Processor
     records: tuple[Record, ...]
     data: DataSection
     clips: Clips
+    sizes: tuple[Size, ...] = ()
+    store: FrameStore | None = None
 
     def __call__(self, item: int) -> Prompt:
         record = self.records[item]
-        frames = decode(
+        frames = self._frames(record)
+        video = Video(frames.frames, frames.seconds_per_frame, frames.decoded_hw)
+        prompt = self.processor(messages(record, self.data.thinking), [video])
+        if self.sizes and prompt.size != self.sizes[item]:
+            raise VideoError(
+                "changed",
+                f"{self.clips.name(record.video)}: expected a prompt of {self.sizes[item]} as when "
+                f"the video was probed, found {prompt.size}: it was replaced since the run began",
+            )
+        return prompt
+
+    def _frames(self, record: Record) -> Frames:
+        """The record's frames, from the store or decoded."""
+        store, name = self.store, self.clips.name(record.video)
+        identity = self.clips.identities([record.video], 1).get(record.video) if store else None
+        if store is None or identity is None:
+            return self._decode(record)
+        vision = self.processor.config.vision
+        how = (
+            frame_sampling(self.data),
+            record.clip,
+            record.duration,
+            self.processor.limits,
+            self.data.resize,
+            (vision.patch_size, vision.merge_size, vision.temporal_patch_size),
+        )
+        frames = store.get(name, how, identity)
+        if frames is None:
+            frames = self._decode(record)
+            store.put(name, how, identity, frames)
+        return frames
+
+    def _decode(self, record: Record) -> Frames:
+        return decode(
             self.clips.fetch(record.video),
             frame_sampling(self.data),
             record.clip,
             record.duration,
+            self.processor.resize_frame,
+            self.data.timeout,
         )
-        video = Video(frames.frames, frames.seconds_per_frame)
-        return self.processor(messages(record, self.data.thinking), [video])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +275,13 @@ class TargetLoader:
                 f"rollout.max_new_tokens ({self.max_tokens}); raise that"
             )
         return completion
+
+
+def prompt_loader(inputs: Inputs, dataset: Dataset, data: DataSection) -> PromptLoader:
+    """The loader of a dataset's prompts."""
+    return PromptLoader(
+        inputs.processor, dataset.records, data, dataset.clips, dataset.sizes, inputs.store
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,12 +332,12 @@ def _measure(
         if record.id in excluded:
             continue
         if isinstance(probe, VideoError):
-            errors[record.id] = f"{record.id}: {probe}"
+            errors[record.id] = f"{record.id}: {probe.kind}: {probe}"
             continue
         try:
             measured.append((record, _size(record, probe, clips, processor, data)))
         except VideoError as error:
-            errors[record.id] = f"{record.id}: {error}"
+            errors[record.id] = f"{record.id}: {error.kind}: {error}"
     errors = {name: reason for part in _from_hosts(errors) for name, reason in part.items()}
     return [(record, size) for record, size in measured if record.id not in errors], errors
 
@@ -351,7 +406,7 @@ def _swap_videos(
         for record, other in zip(grounding, moved, strict=True)
         if (record.video, record.clip) != (other.video, other.clip)
     ]
-    probes = clips.probe(pairs, data.threads)
+    probes = clips.probe(pairs, data.threads, data.timeout)
     swapped, _ = _measure(pairs, probes, clips, processor, data, set())
     return [(record, size) for record, size in swapped if size.tokens <= data.buckets[-1]]
 

@@ -17,7 +17,7 @@ from jaxgrpo import evaluate, preemption
 from jaxgrpo.config import Config, RolloutSection
 from jaxgrpo.dataset import step_plan
 from jaxgrpo.feed import Feed
-from jaxgrpo.inputs import PromptCollator, PromptLoader, describe, prepare
+from jaxgrpo.inputs import PromptCollator, describe, prepare, prompt_loader
 from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.policy import Params
@@ -135,12 +135,13 @@ def main(config: Config) -> None:
         loader = Feed(
             mesh,
             step_plan(inputs.train, prompts, config.seed),
-            PromptLoader(processor, inputs.train.records, config.data, inputs.train.clips),
+            prompt_loader(inputs, inputs.train, config.data),
             PromptCollator(inputs.train.offers, processor.pad_id),
             inputs.train.records,
             config.data,
             start_step=run.first_step,
             num_steps=config.train.steps - run.first_step,
+            given_up=run.given_up(inputs.train.records),
         )
         rows = loader.rows  # of each batch, those of this process
         progress = Progress("GRPO", config.train.steps, run.first_step)
@@ -206,6 +207,7 @@ def main(config: Config) -> None:
                 metrics = {
                     **step_metrics(earned, lengths, finished, updated),
                     "data/failed_videos": len(run.failures),
+                    **inputs.served(),
                     "compilations": compilations.total,
                     "time/rollout": sampled_at - begun,
                     "time/reward": scored_at - sampled_at,
@@ -240,6 +242,8 @@ def main(config: Config) -> None:
                 batch = following
         progress.close()
         say(scores_table(run, config.train.steps))
+        if bad := run.bad_videos():
+            say(bad)
         run.finish()
     say(closing_words(config))
 

@@ -35,6 +35,7 @@ from jaxgrpo.inputs import (
 )
 from jaxgrpo.load import open_processor
 from models.qwen2_5_vl.processor import Processor, Video
+from models.qwen2_5_vl.resize import pillow
 from tests.data import clips
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import Workplace
@@ -178,7 +179,9 @@ def test_a_bad_video_is_left_out_and_named(config: Config, inputs: Inputs) -> No
     text = describe(inputs)
     assert "train: 13 items (4 gqa, 4 mcqa, 5 tvg)" in text
     assert "1 items left out, their videos cannot be read" in text
-    assert f"  notes: {config.data.root}/{tiny_run.NOTES}: OpenCV finds no video" in text
+    assert (
+        f"  notes: unreadable: {config.data.root}/{tiny_run.NOTES}: OpenCV finds no video" in text
+    )
 
 
 def test_a_video_of_an_impossible_shape_is_left_out_and_named(
@@ -199,7 +202,7 @@ def test_a_video_of_an_impossible_shape_is_left_out_and_named(
     inputs = prepare(config, processor, train=False, evaluation=True)
     assert [record.id for record in inputs.evaluation.records] == [r.id for r in records]
     reason = inputs.excluded["data.eval/odd"]
-    assert reason.startswith(f"odd: {strip}: ") and "aspect ratio above 200" in reason
+    assert reason.startswith(f"odd: shape: {strip}: ") and "aspect ratio above 200" in reason
 
 
 def test_a_question_that_spells_a_placeholder_is_named(
@@ -330,7 +333,7 @@ def test_from_file_to_prompt_it_is_what_pyav_qwen_vl_utils_and_transformers_make
     data = DataSection(train="unread.jsonl", root=str(tmp_path), fps=3.0, min_pixels=20 * 784)
     span = ((0.5, 1.0),)
     record = Record("a", "a.mp4", "tvg", "When does it open?", (), None, span, 4.0, clip)
-    processor = Processor.load(model, pixel_limits(data))
+    processor = Processor.load(model, pixel_limits(data), pillow)  # as transformers, below
     prompt = PromptLoader(processor, (record,), data, FolderClips(data.root))(0)
 
     pixels, _ = clips.decode_all(path)
