@@ -1,7 +1,8 @@
 """Packing: a manifest and its clips become a TFDS dataset of ArrayRecord shards.
 
 An element is a clip, its bytes as they were, with the rows of the manifest that ask about it. (Not
-an element per row: the five questions of a video would store it five times.) Shards are made one by
+an element per row: the five questions of a video would store it five times.) Without clips it has
+the rows and what probing found, and the clips stay where they are. Shards are made one by
 one in the manifest's order; TFDS's `GeneratorBasedBuilder` would shuffle them through temporary
 files, for which it needs TensorFlow beyond 1 GB.
 """
@@ -38,7 +39,10 @@ class PackError(ValueError):
 
 
 class Summary(NamedTuple):
-    """What was packed; `rejected` holds per record id why its video cannot be used."""
+    """What was packed; `rejected` holds per record id why its video cannot be used.
+
+    `clips` are those that can be used, packed or not; `bytes` are those of the shards.
+    """
 
     records: int
     clips: int
@@ -64,7 +68,9 @@ class JaxgrpoClips(tfds.core.ShardBasedBuilder):
         features = tfds.features.FeaturesDict(
             {
                 "video": tfds.features.Text(),  # its path in the manifest
-                "data": tfds.features.Tensor(shape=(), dtype=np.object_),  # the file's bytes
+                "data": tfds.features.Tensor(
+                    shape=(), dtype=np.object_
+                ),  # the file's bytes, or none
                 "records": tfds.features.Sequence(tfds.features.Text()),  # rows, JSON
             }
         )
@@ -74,7 +80,9 @@ class JaxgrpoClips(tfds.core.ShardBasedBuilder):
         return {self._split: self._shards}
 
 
-def pack(source: Source, out: Path, split: str, shard_bytes: int, threads: int) -> Summary:
+def pack(
+    source: Source, out: Path, split: str, shard_bytes: int, threads: int, *, clips: bool = True
+) -> Summary:
     """Writes a packed dataset that `data.sources.open_source` opens to the same records.
 
     Args:
@@ -84,6 +92,7 @@ def pack(source: Source, out: Path, split: str, shard_bytes: int, threads: int) 
       split: its name in TFDS.
       shard_bytes: a shard ends before the clip with which it would be larger.
       threads: clips read at once.
+      clips: whether to pack the clips; without them the dataset is opened with their root.
 
     Raises:
       PackError: no clip can be read, or the disk is too small.
@@ -96,8 +105,14 @@ def pack(source: Source, out: Path, split: str, shard_bytes: int, threads: int) 
     sizes = {video: identities[video].size if video in identities else 0 for video in rows}
     out.mkdir(parents=True)
     total, free = sum(sizes.values()), shutil.disk_usage(out).free
-    if total > free:
+    if clips and total > free:
         raise PackError(f"{out}: the clips are {gib(total)}, but the disk has {gib(free)} left")
+    read = functools.partial(_loaded, source.clips, threads)
+    lengths = sizes
+    if not clips:
+        probes = source.clips.probe(source.records, threads)
+        read = functools.partial(_probed, {v: probes[asked[0].id] for v, asked in rows.items()})
+        lengths = {video: sum(map(len, map(_line, asked))) for video, asked in rows.items()}
 
     findings: dict[str, dict[str, Any]] = {}
     packed = 0
@@ -105,49 +120,66 @@ def pack(source: Source, out: Path, split: str, shard_bytes: int, threads: int) 
 
     def elements(shard: int, videos: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         nonlocal packed
-        for video, data, found in _loaded(source.clips, videos, threads):
+        for video, data, found in read(videos):
             progress.update()
             if isinstance(found, VideoError):
                 message = found.message.removeprefix(f"{source.clips.name(video)}: ")
                 findings[video] = {"error": {"kind": found.kind, "message": message}}
                 continue
             place = {"shard": shard, "clip": packed, "bytes": len(data)}
-            findings[video] = place | {"probe": dataclasses.asdict(found)}
-            lines = [json.dumps(row_of(record), ensure_ascii=False) for record in rows[video]]
+            findings[video] = place if clips else {"bytes": sizes[video]}
+            findings[video] |= {"probe": dataclasses.asdict(found)}
+            lines = [_line(record) for record in rows[video]]
             yield packed, {"video": video, "data": data, "records": lines}
             packed += 1
 
     shards = [
         functools.partial(elements, number, videos)
-        for number, videos in enumerate(_in_shards(sizes, shard_bytes))
+        for number, videos in enumerate(_in_shards(lengths, shard_bytes))
     ]
+    with progress:
+        names = _build(out, split, shards)
+    rejected = {
+        record.id: f"{record.id}: {source.clips.name(record.video)}: {error['message']}"
+        for record in source.records
+        if (error := findings[record.video].get("error"))
+    }
+    if not packed:
+        reason = next(iter(rejected.values()))
+        raise PackError(f"none of the {len(rows)} clips can be read; the first:\n{reason}")
+    _write_rows(out, source.records, findings, names)
+    size = sum((out / name).stat().st_size for name in names)
+    return Summary(len(source.records), packed, size, len(names), rejected)
+
+
+def _build(out: Path, split: str, shards: Sequence[Callable[[], Iterator[Any]]]) -> list[str]:
+    """Lets TFDS write the shards, and returns their names."""
     scratch = out / "tfds"
     builder = JaxgrpoClips(split, shards, scratch)
-    with progress, contextlib.redirect_stdout(io.StringIO()):  # TFDS says that it downloads
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS says that it downloads
         builder.download_and_prepare()
     names = sorted(builder.info.splits[split].filenames)
     for path in Path(builder.data_dir).iterdir():
         path.rename(out / path.name)
     shutil.rmtree(scratch)
+    return names
 
-    rejected = {}
-    for record in source.records:
-        found = findings[record.video]
-        if "error" in found:
-            name = source.clips.name(record.video)
-            rejected[record.id] = f"{record.id}: {name}: {found['error']['message']}"
-    if not packed:
-        reason = next(iter(rejected.values()))
-        raise PackError(f"none of the {len(rows)} clips can be read; the first:\n{reason}")
+
+def _write_rows(
+    out: Path, records: Sequence[Record], findings: dict[str, dict[str, Any]], names: list[str]
+) -> None:
+    """Writes the manifest, each row with what is known about its video."""
     lines = []
-    for record in source.records:
+    for record in records:
         found = findings[record.video]
         if "shard" in found:
             found = found | {"shard": names[found["shard"]]}
         lines.append(json.dumps(row_of(record) | {PACKED: found}, ensure_ascii=False) + "\n")
     write_atomically(out / RECORDS, "".join(lines))
-    size = sum((out / name).stat().st_size for name in names)
-    return Summary(len(source.records), packed, size, len(names), rejected)
+
+
+def _line(record: Record) -> str:
+    return json.dumps(row_of(record), ensure_ascii=False)
 
 
 def _in_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
@@ -163,8 +195,15 @@ def _in_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return shards
 
 
+def _probed(
+    found: Mapping[str, Probe | VideoError], videos: Sequence[str]
+) -> Iterator[tuple[str, bytes, Probe | VideoError]]:
+    """As `_loaded`, with no bytes."""
+    return ((video, b"", found[video]) for video in videos)
+
+
 def _loaded(
-    clips: Clips, videos: Sequence[str], threads: int
+    clips: Clips, threads: int, videos: Sequence[str]
 ) -> Iterator[tuple[str, bytes, Probe | VideoError]]:
     """Each video's bytes and what it claims, in order, read a little ahead."""
 

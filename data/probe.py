@@ -27,6 +27,7 @@ import numpy as np
 
 from data.records import Record, write_atomically
 from data.storage import Identity
+from data.watch import HungError, watched
 
 _log = logging.getLogger(__name__)
 
@@ -35,9 +36,18 @@ _log = logging.getLogger(__name__)
 _MOST_FRAMES: Final = 10_000_000
 _HIGHEST_FPS: Final = 1000.0
 
+# Of a picture; 8K is half as much. One of 30,000 x 30,000 pixels takes 2.7 GB to decode.
+_MOST_PIXELS: Final = 1 << 26
+
 # Raised when probing finds something else in the same file, or the cache has other fields, so that
 # old caches are not believed.
 _CACHE_VERSION: Final = 2
+
+
+GIVEN_UP: Final = "timeout"  # the kind of a video whose decoder hung
+
+# What may be otherwise at the next look, though the file is the same.
+_PASSING: Final = frozenset({"missing", "unreachable", GIVEN_UP})
 
 
 class VideoError(ValueError):
@@ -53,11 +63,14 @@ class VideoError(ValueError):
         frame_rate    a frame rate that no video has
         first_frame   opens, but its first frame cannot be decoded
         truncated     ends before 98 % of the frames it claims
+        frame_size    claims pictures that no video has
         timestamps    frame times that do not increase
         duration      ends before the annotated duration
         clip          the clip window lies outside of the file
         too_short     fewer than two frames
         shape         pictures that are too narrow or too flat for the model's processor
+        timeout       the decoder, or the disk, made no progress
+        changed       another video than the one that was probed
       message: names the file, what was expected and what was found.
     """
 
@@ -106,8 +119,13 @@ class Clips(Protocol):
     def fetch(self, video: str) -> VideoFile:
         """What `open_video` opens; a `VideoError` where it cannot be had."""
 
-    def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
-        """Per record id what its video claims, or what is wrong with it (never raised)."""
+    def probe(
+        self, records: Iterable[Record], threads: int, timeout: float = math.inf
+    ) -> dict[str, Probe | VideoError]:
+        """Per record id what its video claims, or what is wrong with it (never raised).
+
+        No video may take more than `timeout` seconds.
+        """
 
 
 @contextmanager
@@ -117,7 +135,7 @@ def open_video(video: VideoFile) -> Iterator[tuple[cv2.VideoCapture, int, float]
     One decoding thread each: videos are decoded in parallel, frames are not.
 
     Raises:
-      VideoError: missing, empty, unreadable, frame_count, frame_rate.
+      VideoError: missing, empty, unreadable, frame_count, frame_rate, frame_size.
     """
     options = [cv2.CAP_PROP_N_THREADS, 1]
     if isinstance(video, Encoded):
@@ -144,6 +162,15 @@ def open_video(video: VideoFile) -> Iterator[tuple[cv2.VideoCapture, int, float]
             raise VideoError(
                 "frame_rate", f"{video}: expected 0 to {_HIGHEST_FPS:g} frames/s, found {fps:g}"
             )
+        width, height = (
+            int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
+        )
+        if width * height > _MOST_PIXELS:
+            raise VideoError(
+                "frame_size",
+                f"{video}: expected frames of at most {_MOST_PIXELS} pixels, found {width} x "
+                f"{height}",
+            )
         yield capture, int(count), fps
     finally:
         capture.release()
@@ -163,12 +190,26 @@ def check_file(file: Path) -> None:
         raise VideoError("empty", f"{file}: expected a video, found 0 bytes")
 
 
-def probe(video: VideoFile) -> Probe:
-    """Reads a file's metadata and decodes its first frame.
+def probe(video: VideoFile, timeout: float = math.inf) -> Probe:
+    """Reads a file's metadata and decodes its first frame, within `timeout` seconds.
 
     Raises:
-      VideoError: missing, empty, unreadable, frame_count, frame_rate, first_frame.
+      VideoError: as `open_video`; first_frame, timeout.
     """
+    try:
+        return watched(timeout, lambda _: _probe(video))
+    except HungError as error:
+        raise hung(video, error) from error
+
+
+def hung(video: VideoFile, error: HungError) -> VideoError:
+    """What is wrong with a video whose decoder was given up."""
+    return VideoError(
+        GIVEN_UP, f"{video}: {error}: the decoder or the disk hangs; data.timeout sets the limit"
+    )
+
+
+def _probe(video: VideoFile) -> Probe:
     with open_video(video) as (capture, frames, fps):
         try:
             ok, first = capture.read()
@@ -187,6 +228,7 @@ def probe_all(
     clips: Clips,
     threads: int,
     cache_path: str | os.PathLike[str] | None,
+    timeout: float = math.inf,
 ) -> dict[str, Probe | VideoError]:
     """Probes the video of every record, each file once, and remembers what it found.
 
@@ -197,6 +239,7 @@ def probe_all(
       cache_path: a JSON file, read and rewritten; a file whose identity has not changed is not
         opened again. What it holds about other files is kept. None keeps nothing. Where it cannot
         be written (a read-only data root) a warning says so.
+      timeout: seconds that one may take.
 
     Returns:
       Per record id what the file claims, or what is wrong with it (never raised).
@@ -216,13 +259,13 @@ def probe_all(
         found: dict[str, Any]
         result: Probe | VideoError
         try:
-            result = probe(clips.fetch(video))
+            result = probe(clips.fetch(video), timeout)
             found = {"probe": dataclasses.asdict(result)}
         except VideoError as error:
             result = error
             message = error.message.removeprefix(f"{name}: ")
             found = {"error": {"kind": error.kind, "message": message}}
-        passing = isinstance(result, VideoError) and result.kind in ("missing", "unreachable")
+        passing = isinstance(result, VideoError) and result.kind in _PASSING
         if identity is None or passing:
             return None, result
         return {**identity._asdict(), **found}, result

@@ -10,9 +10,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Final
 
-from data.records import LETTERS, Record, Span, merge_spans
-
-TAGS: Final = ("<think>", "</think>", "<answer>", "</answer>")
+from data.records import CHOICE_TASKS, LETTERS, SPAN_TASKS, TAGS, Record, Span, merge_spans
 
 _THINK: Final = "Think inside <think></think>, then "
 _ANSWER_WITH: Final = {
@@ -21,6 +19,10 @@ _ANSWER_WITH: Final = {
     '<answer>{"start_time": "s", "end_time": "s"}</answer>.',
     "gqa": "answer with the letter of the right option and when the video shows it, in seconds, as "
     '<answer>{"option": "letter", "start_time": "s", "end_time": "s"}</answer>.',
+    "number": "answer with the number, in digits, inside <answer></answer>.",
+    "regression": "answer with your estimate, one number in digits, inside <answer></answer>.",
+    "ocr": "answer with the text that the video shows, word for word, inside <answer></answer>.",
+    "text": "answer in your own words inside <answer></answer>.",
 }
 
 
@@ -42,7 +44,7 @@ def question_text(record: Record, thinking: bool) -> str:
     _check_task(record)
     request = _ANSWER_WITH[record.task]
     request = _THINK + request if thinking else request[0].upper() + request[1:]
-    options = record.options if record.task != "tvg" else ()
+    options = record.options if record.task in CHOICE_TASKS else ()
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     return "\n".join([record.question, *lines, request])
 
@@ -50,11 +52,12 @@ def question_text(record: Record, thinking: bool) -> str:
 def target_text(record: Record, thinking: bool) -> str:
     """The completion with the largest reward that a completion can have.
 
-    Times have one decimal where that is exact, else two, and more only where the span is so short
-    that rounding would cost over 0.2 % of it. Of several true spans it names the one stretch with
-    the largest IoU. With thinking, the record's rationale is the text of the `<think>` block, which
-    is empty without one. Raises `PromptError` where the record lacks an answer or a span that its
-    task asks for, and where the rationale holds a tag of the format.
+    A number and a text are the record's own. Times have one decimal where that is exact, else two,
+    and more only where the span is so short that rounding would cost over 0.2 % of it. Of several
+    true spans it names the one stretch with the largest IoU. With thinking, the record's rationale
+    is the text of the `<think>` block, which is empty without one. Raises `PromptError` where the
+    record lacks an answer or a span that its task asks for, and where the rationale holds a tag of
+    the format.
     """
     _check_task(record)
     rationale = record.rationale or ""
@@ -78,8 +81,9 @@ def _check_task(record: Record) -> None:
 
 def _answer(record: Record) -> str:
     if record.task != "tvg" and record.answer is None:
-        raise PromptError(f"record {record.id!r}, answer: expected an option's letter, found none.")
-    if record.task == "mcqa":
+        expected = "an option's letter" if record.task in CHOICE_TASKS else "a text"
+        raise PromptError(f"record {record.id!r}, answer: expected {expected}, found none.")
+    if record.task not in SPAN_TASKS:
         return f"{record.answer}"
     if not record.spans:
         raise PromptError(f"record {record.id!r}, spans: expected at least one, found none.")

@@ -6,6 +6,8 @@
      "spans": [[3.5, 7.0]]}
     {"id": "a3", "video": "clips/a.mp4", "task": "gqa", "question": "What is opened, and when?",
      "options": ["door", "window"], "answer": "A", "spans": [[3.5, 7.0]], "clip": [2.0, 12.0]}
+    {"id": "a4", "video": "clips/a.mp4", "task": "number", "question": "How many doors are there?",
+     "answer": "3"}
 
 (each on one line in the file). Rows are read strictly: every problem of every row is found at once
 and named with its line and field, because a typo in one row of 100,000 otherwise shows only as a
@@ -30,11 +32,25 @@ from data.storage import is_url, read
 
 Span = tuple[float, float]  # start and end, seconds
 
-TASKS: Final = ("mcqa", "tvg", "gqa")
+TASKS: Final = ("mcqa", "tvg", "gqa", "number", "regression", "ocr", "text")
+CHOICE_TASKS: Final = ("mcqa", "gqa")  # they have options
+SPAN_TASKS: Final = ("tvg", "gqa")  # they have true spans
+NUMBER_TASKS: Final = ("number", "regression")
+WRITTEN_TASKS: Final = ("ocr", "text")
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # The latest time there is, in seconds: no later one can be read from a completion.
 LATEST: Final = 1e6
+
+# A number that can be an answer, and be read from a completion: ASCII digits, as in JSON, at most
+# 15 of them before the point and 18 after it, and no exponent.
+NUMBER: Final = re.compile(r"-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,18})?")
+
+# The longest written answer, in characters: comparing texts takes time in the square of it.
+LONGEST_TEXT: Final = 2000
+
+# The tags of the scored formats, which an answer or a thought cannot hold.
+TAGS: Final = ("<think>", "</think>", "<answer>", "</answer>")
 
 # How far, in seconds, a span or a clip may pass the annotated duration: NExT-GQA and others round
 # the duration, not the spans.
@@ -56,12 +72,15 @@ class Record:
     Attributes:
       id: unique in its manifest.
       video: the file's path relative to the data root, with forward slashes.
-      task: "mcqa" (multiple choice), "tvg" (temporal grounding) or "gqa" (both).
+      task: "mcqa" (multiple choice), "tvg" (temporal grounding), "gqa" (both), "number" (equal to
+        two decimals), "regression" (the nearer the better), "ocr" (a transcript) or "text" (in the
+        model's own words).
       question: without the options.
-      options: of mcqa and gqa, without letters; empty for tvg.
-      answer: the letter of the right option; None for tvg.
+      options: of mcqa and gqa, without letters; else empty.
+      answer: of mcqa and gqa the letter of the right option; of number and regression a decimal
+        number in digits, "-3.50"; of ocr and text the text; None for tvg.
       spans: of tvg and gqa, true (start, end) in seconds from the start of the clip, or of the file
-        where there is no clip; empty for mcqa.
+        where there is no clip; else empty.
       duration: the annotated length in seconds of the whole file, if known.
       clip: the (start, end) in seconds of the file that is shown; None shows all of it.
       rationale: the reasoning that supervised training teaches for the think block, if any.
@@ -136,6 +155,11 @@ def row_of(record: Record) -> dict[str, Any]:
     row = {k: v for k, v in dataclasses.asdict(record).items() if v is not None and v != ()}
     plain: dict[str, Any] = json.loads(json.dumps(row))  # tuples become lists
     return plain
+
+
+def row_problems(record: Record) -> list[str]:
+    """Why `read_manifest` would refuse a record, as "field 'x': expected ..."; [] if not."""
+    return _problems(row_of(record), os.curdir)
 
 
 def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
@@ -274,7 +298,7 @@ def _problems(row: dict[str, Any], root: str | os.PathLike[str]) -> list[str]:
         return found
     if task not in TASKS:
         return found
-    found += _choice_problems(row, task)
+    found += _choice_problems(row) if task in CHOICE_TASKS else _answer_problems(row, task)
     found += _time_problems(row, task)
     return found
 
@@ -302,16 +326,48 @@ def _path_problem(video: str, root: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def _choice_problems(row: dict[str, Any], task: str) -> list[str]:
-    """Problems of `options` and `answer`."""
+def _answer_problems(row: dict[str, Any], task: str) -> list[str]:
+    """Problems of `options` and `answer` where there is no choice."""
     options, answer = row.get("options"), row.get("answer")
+    unwanted = [("options", options)] + ([("answer", answer)] if task == "tvg" else [])
+    found = [
+        f"field {name!r}: expected none for task {task!r}, found {_short(value)}; "
+        f"remove it or use task {'gqa' if task == 'tvg' else 'mcqa'!r}"
+        for name, value in unwanted
+        if value not in (None, [])
+    ]
     if task == "tvg":
-        return [
-            f"field {name!r}: expected none for task 'tvg', found {_short(value)}; "
-            "remove it or use task 'gqa'"
-            for name, value in (("options", options), ("answer", answer))
-            if value not in (None, [])
-        ]
+        return found
+    if task in NUMBER_TASKS:
+        if not isinstance(answer, str) or not NUMBER.fullmatch(answer):
+            found.append(
+                "field 'answer': expected a decimal number as a text of digits, such as \"-3.50\", "
+                f"found {_short(answer)}; write no unit, exponent or thousands separator"
+            )
+        return found
+    if problem := _text_problem(answer) or _written_problem(str(answer), task):
+        found.append(f"field 'answer': {problem}")
+    return found
+
+
+def _written_problem(answer: str, task: str) -> str | None:
+    """Why no completion could earn the whole reward of this text, if so."""
+    if len(answer) > LONGEST_TEXT:
+        return f"expected at most {LONGEST_TEXT:,} characters, found {len(answer):,}; shorten it"
+    for tag in TAGS:
+        if tag in answer:
+            return f"expected a text without {tag!r}, which would end the answer; remove the tag"
+    if task == "text" and not re.search("[a-z0-9]", answer.lower()):
+        return (
+            f"expected a word of ASCII letters or digits, which are what ROUGE compares, found "
+            f"{_short(answer)}; use task 'ocr'"
+        )
+    return None
+
+
+def _choice_problems(row: dict[str, Any]) -> list[str]:
+    """Problems of `options` and `answer` of a multiple choice."""
+    options, answer, task = row.get("options"), row.get("answer"), row["task"]
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
         expected = f"a list of 2 to {len(LETTERS)} texts for task {task!r}"
         return [f"field 'options': expected {expected}, found {_short(options)}"]
@@ -352,11 +408,11 @@ def _time_problems(row: dict[str, Any], task: str) -> list[str]:
     if clip is not None and (problem := _span_problem(clip, duration, "the duration")):
         found.append(f"field 'clip': {problem}")
         clip = None
-    if task == "mcqa":
+    if task not in SPAN_TASKS:
         if spans not in (None, []):
             found.append(
-                f"field 'spans': expected none for task 'mcqa', found {_short(spans)}; "
-                "remove it or use task 'gqa'"
+                f"field 'spans': expected none for task {task!r}, found {_short(spans)}; "
+                f"remove it or use task {'gqa' if task == 'mcqa' else 'tvg'!r}"
             )
         return found
     if not isinstance(spans, list) or not spans:

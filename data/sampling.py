@@ -6,11 +6,18 @@ resumes at any step by naming it, and another number of hosts sees the same step
 
 An item is a record's number. Items are sorted into buckets (of like token counts) beforehand.
 P prompts in a step.
+
+Weights. An item of weight w is drawn w times as often as one of weight 1. They are scaled to a mean
+of 1 over all items, so that an epoch has as many draws as there are items: within it, an item of
+scaled weight w occurs floor(w) or ceil(w) times. Who occurs once more is drawn anew in each epoch
+by systematic sampling (items in random order as lengths w - floor(w) on a line, and a point every
+1), so that over the epochs each item's mean is w. With equal weights each occurs exactly once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
@@ -20,6 +27,13 @@ import numpy as np
 _ITEMS: Final = 0
 _STEPS: Final = 1
 _REPLACEMENTS: Final = 2
+_LENGTHS: Final = 3
+_EXTRAS: Final = 4
+_POINTS: Final = 5
+
+# Weights are counted in whole numbers of 2^-32, exact on every machine.
+_BITS: Final = 32
+_ONE: Final = 1 << _BITS
 
 
 class PlanError(ValueError):
@@ -52,6 +66,11 @@ class StepPlan:
     second permutation starts with others. In smaller buckets it may, and it must where the bucket
     has fewer than P.
 
+    With weights (see the top of the module) an epoch is a permutation with repetitions. The
+    repetitions of an item lie evenly over the epoch, and no step holds an item twice unless the
+    bucket's epoch is short (about 2P draws or fewer) or an item has almost as many turns as there
+    are steps.
+
     Epoch e of the whole data is over when every bucket has been through e + 1 of its own epochs.
     Buckets take turns in proportion to their sizes, in a random order that is fresh in each epoch.
 
@@ -66,6 +85,7 @@ class StepPlan:
         prompts: int,
         seed: int,
         spares: Sequence[Sequence[int]] | None = None,
+        weights: Mapping[int, float] | Sequence[float] | None = None,
     ) -> None:
         """Plans steps of `prompts` items.
 
@@ -74,9 +94,11 @@ class StepPlan:
           prompts: P, items in a step.
           seed: any integer from 0 on.
           spares: per bucket the items of others that replace a bad one when its own are all bad.
+          weights: of each item, by its number, above 0; None: all alike. Replacements ignore them.
 
         Raises:
-          PlanError: no items at all, an item twice, prompts < 1 or a negative seed.
+          PlanError: no items at all, an item twice, prompts < 1, a negative seed, or a weight that
+            is not above 0 or too small beside the others.
         """
         self.buckets = tuple(tuple(int(item) for item in bucket) for bucket in buckets)
         self.prompts = prompts
@@ -95,6 +117,11 @@ class StepPlan:
             raise PlanError(f"prompts: expected at least 1, found {prompts}")
         if seed < 0:
             raise PlanError(f"seed: expected at least 0, found {seed}")
+        units = _in_units(items, weights)
+        ends = np.cumsum([len(bucket) for bucket in self.buckets])[:-1]
+        self._draws = [
+            _Draws(bucket, part, prompts, seed) for bucket, part in enumerate(np.split(units, ends))
+        ]
 
     def step(self, step: int) -> PlannedStep:
         """The bucket and the P items of a step, from 0 on."""
@@ -109,15 +136,16 @@ class StepPlan:
 
     def epoch(self, step: int) -> int:
         """The epoch that a step belongs to, from 0 on."""
-        # Epochs differ in length by less than one step a bucket: start near, then walk.
-        items = sum(map(len, self.buckets))
-        epoch = max(0, (step - len(self.buckets)) * self.prompts // items)
+        # Epochs differ in length by at most two steps a bucket: start near, then walk.
+        draws = sum(bucket.mean for bucket in self._draws)
+        epoch = max(0, (step - 2 * len(self.buckets)) * self.prompts * _ONE // draws)
         while self.first_step(epoch + 1) <= step:
             epoch += 1
         return epoch
 
     def first_step(self, epoch: int) -> int:
-        """The step with which an epoch begins; first_step(1) steps see every item once."""
+        """The step with which an epoch begins; without weights first_step(1) steps see every item
+        once."""
         return sum(self._steps_before(bucket, epoch) for bucket in range(len(self.buckets)))
 
     def replacement(self, step: int, slot: int, attempt: int) -> int:
@@ -152,8 +180,8 @@ class StepPlan:
         return spares[(step * self.prompts + slot + attempt) % len(spares)]
 
     def _steps_before(self, bucket: int, epoch: int) -> int:
-        """A bucket's steps in the epochs before `epoch`: enough to see each item that often."""
-        return -(-epoch * len(self.buckets[bucket]) // self.prompts)
+        """A bucket's steps in the epochs before `epoch`: enough for all their draws."""
+        return -(-self._draws[bucket].before(epoch) // self.prompts)
 
     def _bucket_order(self, epoch: int) -> np.ndarray:
         """The buckets of an epoch's steps, in order, i64[steps]."""
@@ -165,13 +193,73 @@ class StepPlan:
 
     def _draw(self, bucket: int, turn: int) -> list[int]:
         """The items of a bucket's step number `turn`: the next P of its sequence of epochs."""
-        items = self.buckets[bucket]
+        items, draws = self.buckets[bucket], self._draws[bucket]
         drawn = []
         for position in range(turn * self.prompts, (turn + 1) * self.prompts):
-            epoch, place = divmod(position, len(items))
-            order = _item_order(self.seed, bucket, epoch, len(items), self.prompts)
-            drawn.append(items[order[place]])
+            epoch = draws.epoch(position)
+            drawn.append(items[_item_order(draws, epoch)[position - draws.before(epoch)]])
         return drawn
+
+
+class _Draws:
+    """One bucket's endless sequence of epochs: how long each is, and how often an item occurs.
+
+    Attributes:
+      size: items, which are called by their places from 0 on.
+      mean: draws in an epoch, in units of 2^-32; each has that number rounded down or up.
+    """
+
+    def __init__(self, bucket: int, units: np.ndarray, prompts: int, seed: int) -> None:
+        """`units` are the weights i64[size]."""
+        self.size = len(units)
+        self.mean = int(units.sum())
+        self.prompts = prompts
+        self.key = (seed, bucket)
+        self._units = units
+        self._start = int(_raw(1, seed, _LENGTHS, bucket)[0]) >> _BITS
+
+    def before(self, epoch: int) -> int:
+        """Draws in the epochs before `epoch`."""
+        return (epoch * self.mean + self._start) >> _BITS
+
+    def epoch(self, draw: int) -> int:
+        """The epoch that a draw, counted from 0 on, belongs to."""
+        return -(-(((draw + 1) << _BITS) - self._start) // self.mean) - 1
+
+    def counts(self, epoch: int) -> np.ndarray:
+        """How often each item occurs in an epoch, i64[size]."""
+        seed, bucket = self.key
+        whole, part = self._units >> _BITS, self._units & (_ONE - 1)
+        if not part.any():
+            return whole
+        steps, rest = divmod(int(part.sum()), _ONE)
+        extra = self.before(epoch + 1) - self.before(epoch) - int(whole.sum())
+        # Points first, first + 1, ...: a first point below the rest makes one point more.
+        low, high = (0, rest) if extra > steps else (rest, _ONE)
+        first = low + int(_raw(1, seed, _POINTS, bucket, epoch)[0]) % (high - low)
+        order = permutation(self.size, seed, _EXTRAS, bucket, epoch)
+        points = (np.cumsum(part[order]) - first + _ONE - 1) >> _BITS  # below each item's end
+        hit = np.empty(self.size, np.int64)
+        hit[order] = np.diff(points, prepend=0)
+        return whole + hit
+
+
+def _in_units(
+    items: Sequence[int], weights: Mapping[int, float] | Sequence[float] | None
+) -> np.ndarray:
+    """The items' weights, scaled to a mean of 1, in units of 2^-32, i64[items]."""
+    given = [1.0 if weights is None else float(weights[item]) for item in items]
+    for item, weight in zip(items, given, strict=True):
+        if not (math.isfinite(weight) and weight > 0):
+            raise PlanError(f"weights: expected more than 0, found {weight} for item {item}")
+    total = math.fsum(given)
+    units = np.array([round(weight * len(given) / total * _ONE) for weight in given], np.int64)
+    if not units.all():
+        item = items[int(np.argmin(units))]
+        raise PlanError(
+            f"weights: item {item} would be drawn less than once in 2^32 epochs: leave it out"
+        )
+    return units
 
 
 @lru_cache(maxsize=64)
@@ -182,27 +270,78 @@ def _shuffled_turns(seed: int, epoch: int, turns: tuple[int, ...]) -> np.ndarray
 
 
 @lru_cache(maxsize=64)
-def _item_order(seed: int, bucket: int, epoch: int, size: int, prompts: int) -> np.ndarray:
-    """One epoch's permutation of a bucket's places, i64[size].
+def _item_order(draws: _Draws, epoch: int) -> np.ndarray:
+    """One epoch of a bucket's places in the order of their draws.
 
     Its first places share a step with the last ones of the epoch before. Where they repeat those,
     they are exchanged with later places that do not; never with the last ones of this epoch, which
-    thereby stay those of the plain permutation, so that no epoch depends on the one before that.
+    thereby stay those of `_own_order`, so that no epoch depends on the one before that.
     """
-    order = permutation(size, seed, _ITEMS, bucket, epoch)
-    before = epoch * size % prompts  # places of this epoch's first step that the last one filled
+    order = _own_order(draws, epoch).copy()
+    size, prompts, begin = len(order), draws.prompts, draws.before(epoch)
+    before = begin % prompts  # places of this epoch's first step that the last one filled
     head = prompts - before
-    tail = (epoch + 1) * size % prompts
+    tail = (begin + size) % prompts
     if epoch == 0 or before == 0 or size < prompts:
         return order
-    previous = permutation(size, seed, _ITEMS, bucket, epoch - 1)[-before:]
-    repeated = np.isin(order, previous)
-    conflicts = np.flatnonzero(repeated[:head])
-    free = head + np.flatnonzero(~repeated[head : size - tail])
-    exchanged = min(len(conflicts), len(free))
-    here, there = conflicts[:exchanged], free[:exchanged]
-    order[here], order[there] = order[there], order[here]
+    previous = _own_order(draws, epoch - 1)[-before:]
+    steps = (before + np.arange(size)) // prompts
+    for here in np.flatnonzero(np.isin(order[:head], previous)):
+        middle = slice(head, size - tail)
+        mine = np.concatenate([previous, order[:head]])
+        theirs = np.isin(steps[middle], steps[order == order[here]])  # steps that hold it already
+        free = head + np.flatnonzero(~np.isin(order[middle], mine) & ~theirs)
+        if len(free):
+            order[[here, free[0]]] = order[[free[0], here]]
     return order
+
+
+@lru_cache(maxsize=64)
+def _own_order(draws: _Draws, epoch: int) -> np.ndarray:
+    """One epoch of a bucket's places, without a look at the epoch before.
+
+    An item that occurs c times has its place of the permutation divided by c, and again 1/c, 2/c,
+    ... of an epoch later.
+    """
+    seed, bucket = draws.key
+    counts = draws.counts(epoch)
+    places = np.repeat(np.arange(draws.size), counts)
+    times = counts[places].astype(np.uint64)
+    again = np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
+    period = np.uint64(2**64 - 1) // times
+    raw = _raw(draws.size, seed, _ITEMS, bucket, epoch)[places]
+    order = places[np.argsort(raw // times + again.astype(np.uint64) * period, kind="stable")]
+    if len(order) > draws.prompts and counts.max() > 1:
+        first = draws.before(epoch) % draws.prompts
+        _part_repeats(order, (first + np.arange(len(order))) // draws.prompts)
+    return order
+
+
+def _part_repeats(order: np.ndarray, steps: np.ndarray) -> None:
+    """Exchanges places of `order`, in place, so that no step holds an item twice if possible.
+
+    Each place that repeats an item of its step is exchanged with the nearest one whose step lacks
+    that item, and whose own item its step lacks.
+
+    Args:
+      order: items[draws].
+      steps: the step of each draw, rising.
+    """
+    by_step = np.lexsort((order, steps))  # stable: the first of equal ones comes first
+    same = (np.diff(order[by_step]) == 0) & (np.diff(steps[by_step]) == 0)
+    everywhere: set[int] = set()  # items that no step lacks
+    for place in np.sort(by_step[1:][same]):
+        item, mine = order[place], order[steps == steps[place]]
+        if item in everywhere or np.count_nonzero(mine == item) < 2:
+            continue
+        holds = np.isin(steps, steps[order == item])
+        if holds.all():
+            everywhere.add(int(item))
+            continue
+        free = np.flatnonzero(~holds & ~np.isin(order, mine))
+        if len(free):
+            other = free[np.argmin(np.abs(free - place))]
+            order[[place, other]] = order[[other, place]]
 
 
 @lru_cache(maxsize=16)
@@ -220,8 +359,12 @@ def permutation(size: int, *key: int) -> np.ndarray:
     Philox's raw numbers are sorted instead of calling `Generator.permutation`, whose results NumPy
     may change between versions.
     """
-    bits = np.random.Philox(np.random.SeedSequence(key))
-    return np.argsort(bits.random_raw(size), kind="stable")
+    return np.argsort(_raw(size, *key), kind="stable")
+
+
+def _raw(size: int, *key: int) -> np.ndarray:
+    """Philox's raw numbers, u64[size]."""
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw(size)
 
 
 class OnePass:

@@ -4,11 +4,14 @@ dataset (ArrayRecord shards that `jaxgrpo pack` wrote). Training is the same fro
     FOLDER/train/records.jsonl      the manifest; each row's field `packed` says where its clip is
                                     and what it claims, so that nothing is probed at a start
     FOLDER/train/*.array_record-*   the clips, a TFDS dataset with dataset_info.json, features.json
+
+A dataset that was packed without clips has only their rows and what they claim.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import posixpath
 import threading
 from collections.abc import Callable, Iterable
@@ -17,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from data.probe import Clips, Encoded, Probe, VideoError, finding, probe_all
+from data.probe import Clips, Encoded, Probe, VideoError, VideoFile, finding, probe_all
 from data.records import ManifestError, Record, read_manifest, read_rows
 from data.staging import Stage
 from data.storage import (
@@ -54,7 +57,8 @@ def open_source(
     Args:
       manifest: a JSONL file, or the folder of a packed dataset. In a bucket, the first is what ends
         in ".jsonl".
-      root: the folder or address that a JSONL manifest's videos are relative to.
+      root: the folder or address that a JSONL manifest's videos are relative to, and those of a
+        dataset that was packed without clips.
       stage: where what a bucket gives is kept, if anywhere. A packed dataset in a bucket is fetched
         to it, whole, before this returns: ArrayRecord reads local files only.
       threads: files asked for at once.
@@ -67,11 +71,15 @@ def open_source(
     if is_url(manifest) and not manifest.endswith(".jsonl"):
         files = _packed_files(manifest)
         folder = _staged(manifest, files, stage, threads, say)
-        return _open_packed(folder, manifest, files)
+        return _open_packed(folder, manifest, files, _files(root, stage))
     if not is_url(manifest) and Path(manifest).is_dir():
-        return _open_packed(Path(manifest), manifest, {})
+        return _open_packed(Path(manifest), manifest, {}, _files(root, stage))
     records = read_manifest(manifest, root)
-    return Source(records, BucketClips(root, stage) if is_url(root) else FolderClips(root))
+    return Source(records, _files(root, stage))
+
+
+def _files(root: str, stage: Stage | None) -> Clips:
+    return BucketClips(root, stage) if is_url(root) else FolderClips(root)
 
 
 # ---- a folder ----
@@ -102,8 +110,10 @@ class FolderClips:
     def fetch(self, video: str) -> Path:
         return Path(self.root, video)
 
-    def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
-        return probe_all(records, self, threads, Path(self.root, ".probes.json"))
+    def probe(
+        self, records: Iterable[Record], threads: int, timeout: float = math.inf
+    ) -> dict[str, Probe | VideoError]:
+        return probe_all(records, self, threads, Path(self.root, ".probes.json"), timeout)
 
 
 # ---- a bucket ----
@@ -144,7 +154,9 @@ class BucketClips:
             raise VideoError("unreachable", str(error)) from error
         return Encoded(url, data)
 
-    def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
+    def probe(
+        self, records: Iterable[Record], threads: int, timeout: float = math.inf
+    ) -> dict[str, Probe | VideoError]:
         """Reads every video once, which fills the stage; findings are kept there or in the cache.
 
         Raises:
@@ -152,7 +164,7 @@ class BucketClips:
         """
         folder = self.stage.folder if self.stage else cache_folder()
         cache = folder / "probes" / f"{digest(self.root.rstrip('/'))}.json"
-        return probe_all(records, self, threads, cache)
+        return probe_all(records, self, threads, cache, timeout)
 
 
 # ---- a packed dataset ----
@@ -189,9 +201,9 @@ class PackedClips:
 
     def identities(self, videos: Iterable[str], threads: int) -> dict[str, Identity]:
         return {
-            video: Identity(self.places[video].bytes, "")
+            video: Identity(place.bytes, f"{place.shard} {place.clip} {self._written(place.shard)}")
             for video in videos
-            if video in self.places
+            if (place := self.places.get(video))
         }
 
     def fetch(self, video: str) -> Encoded:
@@ -212,11 +224,20 @@ class PackedClips:
                 _fetch_again(self.origin, str(self.folder), place.shard, self.remote[place.shard])
             return self._read(video, place)
 
-    def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
+    def probe(
+        self, records: Iterable[Record], threads: int, timeout: float = math.inf
+    ) -> dict[str, Probe | VideoError]:
         return {
             record.id: finding(self.findings[record.video], self.name(record.video))
             for record in records
         }
+
+    def _written(self, shard: str) -> int:
+        """When a shard was written, in ns; 0 for one that is gone."""
+        try:
+            return (self.folder / shard).stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def _read(self, video: str, place: Packed) -> Encoded:
         try:
@@ -234,6 +255,47 @@ class PackedClips:
                 f"{RECORDS} and the shards are of two datasets",
             )
         return Encoded(self.name(video), data)
+
+
+@dataclass(frozen=True)
+class ProbedClips:
+    """Videos below a root, of a dataset that was packed without them.
+
+    Attributes:
+      files: the videos.
+      findings: by video, as the probe cache holds them, with the file's bytes; of a file that has
+        another size now they are not believed.
+    """
+
+    files: Clips
+    findings: dict[str, dict[str, Any]]
+
+    def name(self, video: str) -> str:
+        return self.files.name(video)
+
+    def identities(self, videos: Iterable[str], threads: int) -> dict[str, Identity]:
+        return self.files.identities(videos, threads)
+
+    def fetch(self, video: str) -> VideoFile:
+        return self.files.fetch(video)
+
+    def probe(
+        self, records: Iterable[Record], threads: int, timeout: float = math.inf
+    ) -> dict[str, Probe | VideoError]:
+        records = list(records)
+        now = self.identities({record.video for record in records}, threads)
+        known = {
+            video
+            for video, identity in now.items()
+            if self.findings[video].get("bytes") == identity.size
+        }
+        others = [record for record in records if record.video not in known]
+        found = self.files.probe(others, threads, timeout) if others else {}
+        return found | {
+            record.id: finding(self.findings[record.video], self.name(record.video))
+            for record in records
+            if record.video in known
+        }
 
 
 @functools.lru_cache(maxsize=8)
@@ -265,7 +327,7 @@ def _fetch_again(url: str, folder: str, shard: str, identity: Identity) -> None:
     _data_source.cache_clear()
 
 
-def _open_packed(folder: Path, origin: str, remote: dict[str, Identity]) -> Source:
+def _open_packed(folder: Path, origin: str, remote: dict[str, Identity], files: Clips) -> Source:
     if not (folder / RECORDS).is_file():
         raise ManifestError(
             f"{origin}: expected a JSONL manifest, or a folder that `jaxgrpo pack` wrote; found a "
@@ -278,7 +340,7 @@ def _open_packed(folder: Path, origin: str, remote: dict[str, Identity]) -> Sour
         try:
             finding(packed, record.video)
             findings[record.video] = packed
-            if "probe" in packed:
+            if "shard" in packed:
                 places[record.video] = Packed(packed["shard"], packed["clip"], packed["bytes"])
         except (KeyError, TypeError) as error:
             raise ManifestError(
@@ -288,7 +350,9 @@ def _open_packed(folder: Path, origin: str, remote: dict[str, Identity]) -> Sour
     for shard in sorted({place.shard for place in places.values()}):
         if not (folder / shard).is_file():
             raise ManifestError(f"{origin}: the shard {shard} is missing: copy the folder again")
-    clips = PackedClips(folder, origin, places, findings, remote)
+    clips: Clips = PackedClips(folder, origin, places, findings, remote)
+    if not places:
+        clips = ProbedClips(files, findings)
     return Source([record for record, _ in rows], clips)
 
 

@@ -7,6 +7,8 @@ and runs may share one; a process killed at any moment leaves nothing that would
     FOLDER/clips/3f/KEY-VERSION-CRC   a clip; digests of its address and version, and its CRC-32
     FOLDER/packed/NAME-KEY/           a packed dataset (`data.sources`)
     FOLDER/probes/KEY.json            what the videos of a bucket claim (`data.probe`)
+
+`data.frames` keeps decoded frames in the same way.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from data.storage import Identity, StorageError, digest, gib, locked, mirror
 
@@ -29,11 +31,15 @@ _RESERVED: Final = ".bytes"  # of a packed dataset, all of its files
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The folder and its bound in bytes. It passes between processes."""
+class Pins:
+    """A folder, its bound in bytes, and the files in it. It passes between processes."""
 
     folder: Path
     limit: int
+
+    setting: ClassVar[str]  # the config key of the folder; with "_gib", of the bound
+    files: ClassVar[str]  # the folder in it
+    otherwise: ClassVar[str]  # what happens to what it does not hold
 
     def recount(self) -> None:
         """Counts what the folder holds; once at the start of a run, against drift.
@@ -43,36 +49,33 @@ class Stage:
         """
         try:
             with locked(self.folder / ".lock"):
-                clips = (self.folder / "clips").glob("*/*")
-                packed = (self.folder / "packed").glob(f"*/{_RESERVED}")
-                used = sum(path.stat().st_size for path in clips)
-                self._set_used(used + sum(int(path.read_text()) for path in packed))
+                self._set_used(self._count())
         except OSError as error:
-            raise StorageError(f"data.stage: {self.folder}: {error.strerror or error}") from error
+            raise StorageError(
+                f"{self.setting}: {self.folder}: {error.strerror or error}"
+            ) from error
 
-    def get(self, url: str, identity: Identity) -> bytes | None:
-        """The bytes of a clip, if they are here and undamaged; what is damaged is removed."""
-        key, version = digest(url), digest(identity.version)
+    def read(self, key: str, version: str) -> bytes | None:
+        """A file, if it is here and undamaged; what is damaged is removed."""
         for path in self._of(key):
             _, its_version, crc = path.name.split("-")
             if its_version != version:
                 continue
             try:
                 data = path.read_bytes()
-                if len(data) == identity.size and f"{zlib.crc32(data):08x}" == crc:
+                if f"{zlib.crc32(data):08x}" == crc:
                     return data
-                _log.warning("%s: %s is damaged here and is fetched again", path, url)
+                _log.warning("%s is damaged and is made again", path)
                 self._remove(path)
             except FileNotFoundError:
                 continue  # removed meanwhile
             except OSError as error:  # a disk that fails, a folder that is read-only
-                _warn_once(f"data.stage: {path}: streamed from {url}: {error.strerror}")
+                _warn_once(f"{self.setting}: {path}: {self.otherwise}: {error.strerror}")
         return None
 
-    def put(self, url: str, identity: Identity, data: bytes) -> bool:
-        """Keeps a clip, in the place of older versions of it; False where there is no room."""
-        key, version = digest(url), digest(identity.version)
-        place = self.folder / "clips" / key[:2] / f"{key}-{version}-{zlib.crc32(data):08x}"
+    def write(self, key: str, version: str, data: bytes) -> bool:
+        """Keeps a file, in the place of older versions of it; False where there is no room."""
+        place = self.folder / self.files / key[:2] / f"{key}-{version}-{zlib.crc32(data):08x}"
         try:
             with locked(self.folder / ".lock"):
                 if place.exists():
@@ -81,9 +84,9 @@ class Stage:
                 if used + len(data) > self.limit:
                     self._set_used(used)
                     _warn_once(
-                        f"data.stage: {self.folder} is full, it may hold {gib(self.limit)}: "
-                        "further clips are streamed; raise data.stage_gib, or empty the folder if "
-                        "it holds other data"
+                        f"{self.setting}: {self.folder} is full, it may hold {gib(self.limit)}: "
+                        f"further {self.otherwise}; raise {self.setting}_gib, or empty the folder "
+                        "if it holds other data"
                     )
                     return False
                 self._set_used(used + len(data))
@@ -98,9 +101,55 @@ class Stage:
                     self._set_used(used)
                     raise
         except OSError as error:
-            _warn_once(f"data.stage: {self.folder}: clips are streamed: {error.strerror}")
+            _warn_once(f"{self.setting}: {self.folder}: {self.otherwise}: {error.strerror}")
             return False
         return True
+
+    def _count(self) -> int:
+        """The bytes that the folder holds."""
+        return sum(path.stat().st_size for path in (self.folder / self.files).glob("*/*"))
+
+    def _of(self, key: str) -> list[Path]:
+        """All versions of a file that are here: one, but for a moment."""
+        try:
+            with os.scandir(self.folder / self.files / key[:2]) as entries:
+                return [Path(entry.path) for entry in entries if entry.name.startswith(key)]
+        except FileNotFoundError:
+            return []
+
+    def _remove(self, path: Path) -> None:
+        with locked(self.folder / ".lock"):
+            self._set_used(self._used() - _remove(path))
+
+    def _used(self) -> int:
+        try:
+            return int((self.folder / _USED).read_text())
+        except FileNotFoundError:
+            return 0
+
+    def _set_used(self, used: int) -> None:
+        _replace(self.folder / _USED, str(used))
+
+
+class Stage(Pins):
+    """The local copies of what is in buckets."""
+
+    setting = "data.stage"
+    files = "clips"
+    otherwise = "clips are streamed"
+
+    def get(self, url: str, identity: Identity) -> bytes | None:
+        """The bytes of a clip, if they are here and undamaged."""
+        data = self.read(digest(url), digest(identity.version))
+        return data if data is not None and len(data) == identity.size else None
+
+    def put(self, url: str, identity: Identity, data: bytes) -> bool:
+        """Keeps a clip, in the place of older versions of it; False where there is no room."""
+        return self.write(digest(url), digest(identity.version), data)
+
+    def _count(self) -> int:
+        packed = (self.folder / "packed").glob(f"*/{_RESERVED}")
+        return super()._count() + sum(int(path.read_text()) for path in packed)
 
     def packed(
         self,
@@ -135,27 +184,6 @@ class Stage:
             raise StorageError(f"data.stage: {self.folder}: {error.strerror or error}") from error
         mirror(url, files, folder, threads, say)
         return folder
-
-    def _of(self, key: str) -> list[Path]:
-        """All versions of a clip that are here: one, but for a moment."""
-        try:
-            with os.scandir(self.folder / "clips" / key[:2]) as entries:
-                return [Path(entry.path) for entry in entries if entry.name.startswith(key)]
-        except FileNotFoundError:
-            return []
-
-    def _remove(self, path: Path) -> None:
-        with locked(self.folder / ".lock"):
-            self._set_used(self._used() - _remove(path))
-
-    def _used(self) -> int:
-        try:
-            return int((self.folder / _USED).read_text())
-        except FileNotFoundError:
-            return 0
-
-    def _set_used(self, used: int) -> None:
-        _replace(self.folder / _USED, str(used))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The command line: `jaxgrpo {sft,train,eval,pack,plan,export}`.
+"""The command line: `jaxgrpo {sft,train,eval,convert,pack,plan,export,rescore}`.
 
 A command imports what it needs when it runs, so that `jaxgrpo --help` and a mistyped config key
 answer at once. A user's mistake (any `ValueError` subclass of our four packages, a missing file,
@@ -26,11 +26,43 @@ _AFTER_INTERRUPTION = {
     "sft": _GOES_ON,
     "train": _GOES_ON,
     "eval": "no scores were written",
+    "convert": "nothing was converted",
     "pack": "nothing was packed",
     "export": "nothing was exported",
     "plan": "nothing was planned",
+    "rescore": "nothing was scored",
 }
 _PACKAGES = ("jaxgrpo", "models", "rewards", "data")
+
+# Of `convert`: what each kind reads, and its options besides --videos.
+_KINDS = {
+    "temporal-r1": ("the paper's JSON or JSONL files, or YAML files of datasets", ("root", "seed")),
+    "video-r1": ("Video-R1's JSON files", ()),
+    "charades-sta": ("charades_sta_train.txt, charades_sta_test.txt", ("durations",)),
+    "activitynet-captions": ("train.json, val_1.json, val_2.json", ()),
+    "next-gqa": ("val.csv, test.csv", ("spans", "paths")),
+    "mvbench": ("MVBench's JSON files, one a task", ()),
+    "video-mme": ("Video-MME's rows as JSON or JSONL", ()),
+    "tempcompass": ("TempCompass's multi-choice.json", ()),
+}
+_KIND_OPTIONS: dict[str, dict[str, Any]] = {
+    "root": {
+        "default": ".",
+        "help": "the coming data.root, where the YAML's data_folder is absolute (default: .)",
+    },
+    "seed": {"type": int, "default": 0, "help": "of sampling_strategy random (default: 0)"},
+    "durations": {
+        "action": "append",
+        "metavar": "FILE",
+        "help": "Charades_v1_train.csv or Charades_v1_test.csv; may be given several times",
+    },
+    "spans": {
+        "action": "append",
+        "metavar": "FILE",
+        "help": "gsub_val.json or gsub_test.json; may be given several times",
+    },
+    "paths": {"action": "append", "metavar": "FILE", "help": "map_vid_vidorID.json"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "GRPO, the main job: evaluates, trains, evaluates again"),
         ("eval", "greedy evaluation of a model directory or a run"),
         ("pack", "write the manifests and their clips as ArrayRecord shards"),
+        ("rescore", "what another reward would make of a run's stored completions"),
         ("plan", "what training will need on a TPU slice or GPUs; neither is needed for it"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
@@ -99,9 +132,17 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--topology", required=True, help="such as v5e:8x8 or h100:8")
             command.add_argument("--slices", type=int, default=1, help="TPU slices of that shape")
             command.add_argument("--json", action="store_true", help="figures for programs")
+        if name == "rescore":
+            command.add_argument("run", metavar="RUN", help="a run directory, or an evaluation's")
+            command.add_argument("--json", action="store_true", help="figures for programs")
         command.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/*.yaml")
         if name == "pack":
             command.add_argument("out", metavar="OUT", help="the folder to make")
+            command.add_argument(
+                "--without-clips",
+                action="store_true",
+                help="pack the rows and what probing found; the clips stay in data.root",
+            )
         command.add_argument(
             "overrides",
             nargs="*",
@@ -119,7 +160,28 @@ def _parser() -> argparse.ArgumentParser:
         help="dtype: source (the default: each weight's own type), bfloat16 or float32; step: of "
         "the run's checkpoint (the default: the newest)",
     )
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    """The parser of `convert`, with one of its own for each kind."""
+    summary = "turn published annotation files into a manifest"
+    kinds = commands.add_parser("convert", help=summary, description=summary).add_subparsers(
+        dest="kind", required=True, metavar="KIND"
+    )
+    for kind, (files, names) in _KINDS.items():
+        command = kinds.add_parser(kind, help=files, description=f"{kind}: {files}")
+        command.add_argument("inputs", nargs="+", metavar="IN", help=files)
+        command.add_argument("out", metavar="OUT", help="the manifest to write, OUT.jsonl")
+        command.add_argument(
+            "--videos",
+            metavar="PATTERN",
+            help="a video's path below data.root, {id} being what the file calls it, such as "
+            "'charades/{id}.mp4'",
+        )
+        for name in names:
+            command.add_argument(f"--{name}", **_KIND_OPTIONS[name])
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -133,6 +195,11 @@ def _run(options: argparse.Namespace) -> int:
 
         export.main(options.source, options.out, chosen.dtype, chosen.step)
         return 0
+    if options.command == "convert":
+        from jaxgrpo import convert
+
+        convert.main(options.kind, options.inputs, options.out, vars(options))
+        return 0
     settings = config.load(options.config, options.overrides)
     if options.command == "plan":
         from jaxgrpo import topology
@@ -142,10 +209,15 @@ def _run(options: argparse.Namespace) -> int:
         from jaxgrpo import plan
 
         return plan.main(settings, options.topology, options.slices, options.json)
+    if options.command == "rescore":
+        from jaxgrpo import rescore
+
+        rescore.main(options.run, settings, options.json)
+        return 0
     if options.command == "pack":
         from jaxgrpo import pack
 
-        pack.main(settings, options.out)
+        pack.main(settings, options.out, not options.without_clips)
         return 0
     if options.command == "eval":
         from jaxgrpo import evaluate

@@ -11,7 +11,7 @@ machine), never of one that decides what is learnt: see `check_resume`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -20,34 +20,14 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from jaxgrpo import strict_yaml
+from jaxgrpo.checks import RESUMABLE as _RESUMABLE
+from jaxgrpo.checks import above_zero as _above_zero
+from jaxgrpo.checks import accepted_by as _accepted_by
+from jaxgrpo.checks import at_least as _at_least
+from jaxgrpo.checks import check as _check
+from jaxgrpo.mixture_config import ManifestSection, MixtureSection, TaskWeightsSection
+from jaxgrpo.reward_config import RewardSection
 from jaxgrpo.strict_yaml import ConfigError
-
-_RESUMABLE = {"resumable": True}
-
-
-def _check(key: str, value: Any, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key} is {value!r}, expected {expected}")
-
-
-def _at_least(name: str, section: Any, **minimums: int) -> None:
-    for key, minimum in minimums.items():
-        value = section.__dict__[key]
-        _check(f"{name}.{key}", value, value >= minimum, f"{minimum} or more")
-
-
-def _above_zero(name: str, section: Any, *keys: str) -> None:
-    for key in keys:
-        value = section.__dict__[key]
-        _check(f"{name}.{key}", value, value > 0, "more than 0")
-
-
-def _accepted_by(library: Callable[..., Any], name: str, section: Any) -> None:
-    """Makes of a section the object that a run will make of it, whose limits are the section's."""
-    try:
-        library(**section.__dict__)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -93,6 +73,9 @@ class DataSection:
     # A JSONL manifest, or a folder of what `jaxgrpo pack` wrote; both may be in a bucket.
     train: str = ""  # `eval` needs none
     eval: str = ""  # all of `train`, `sft` and `eval` evaluate
+    mixture: tuple[MixtureSection, ...] = ()  # several manifests with weights, in train's place
+    eval_mixture: tuple[ManifestSection, ...] = ()  # several manifests, in eval's place
+    task_weights: TaskWeightsSection = field(default_factory=TaskWeightsSection)
     root: str = field(
         default=".", metadata=_RESUMABLE
     )  # folder or bucket path that a JSONL manifest's video paths start from
@@ -105,9 +88,19 @@ class DataSection:
     fps: float = 2.0  # frames sampled per second of video
     min_frames: int = 4
     max_frames: int = 768
+    frames: int | None = None  # so many of every video instead; an even number
     min_pixels: int = 4 * 28 * 28  # of one frame
     max_pixels: int = 768 * 28 * 28  # of one frame
     total_pixels: int = 2048 * 28 * 28  # of one video: 2,048 video tokens
+    resize: Literal["exact", "pillow"] = "exact"  # exact: as the released model was trained;
+    # pillow: rounded between the axes, as transformers does
+    frame_store: str = field(
+        default="", metadata=_RESUMABLE
+    )  # local folder for decoded frames, so that an epoch decodes once; "": none
+    frame_store_gib: float = field(default=100.0, metadata=_RESUMABLE)  # that it may hold
+    timeout: float = field(
+        default=120.0, metadata=_RESUMABLE
+    )  # seconds in which a decoder may make no progress
     thinking: bool = True  # ask for <think>...</think> before the answer
     buckets: tuple[int, ...] = (1024, 2048, 4096)  # prompt tokens that prompts are padded to
     threads: int = field(
@@ -119,15 +112,21 @@ class DataSection:
     prefetch: int = field(default=2, metadata=_RESUMABLE)  # batches made ahead
 
     def __post_init__(self) -> None:
-        if self.synthetic is not None and (self.train or self.eval):
-            manifest = "data.train" if self.train else "data.eval"
-            raise ConfigError(f"data.synthetic and {manifest} are both set: remove one of them")
+        names = ("synthetic", "train", "mixture", "eval", "eval_mixture")
+        given = [name for name in names if self.__dict__[name]]
+        for pair in (*(("synthetic", name) for name in names[1:]), names[1:3], names[3:]):
+            if set(pair) <= set(given):
+                both = " and ".join(f"data.{name}" for name in pair)
+                raise ConfigError(f"{both} are both set: remove one of them")
         from data.storage import is_url  # not above: see `cli`
 
-        _check("data.stage", self.stage, not is_url(self.stage), "a local folder")
+        for key, folder in (("stage", self.stage), ("frame_store", self.frame_store)):
+            _check(f"data.{key}", folder, not is_url(folder), "a local folder")
         if self.synthetic is not None:
             _check("data.root", self.root, not is_url(self.root), "a local folder: clips are made")
-        _above_zero("data", self, "fps", "stage_gib", "shard_mib")
+        _above_zero("data", self, "fps", "stage_gib", "shard_mib", "frame_store_gib", "timeout")
+        even = self.frames is None or (self.frames > 0 and self.frames % 2 == 0)
+        _check("data.frames", self.frames, even, "an even number above 0: pairs enter the model")
         _at_least("data", self, min_frames=2, min_pixels=1, threads=1, workers=0, prefetch=1)
         _at_least("data", self, max_frames=self.min_frames)
         _at_least("data", self, max_pixels=self.min_pixels, total_pixels=self.min_pixels)
@@ -166,22 +165,6 @@ class RolloutSection:
             "more than 0: equal completions teach nothing (evaluation is greedy by itself)",
         )
         _check("rollout.top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class RewardSection:
-    """Weight of each component in the total reward; the paper scores 0.5 IoU + 0.5 format."""
-
-    format: float = 0.5
-    choice: float = 0.5
-    iou: float = 0.5
-
-    def __post_init__(self) -> None:
-        from rewards.weights import RewardWeights  # not above: see `cli`
-
-        _accepted_by(RewardWeights, "reward", self)
-        weights = dataclasses.asdict(self)
-        _check("reward", weights, any(weights.values()), "at least one weight above 0")
 
 
 @dataclass(frozen=True)
@@ -278,6 +261,10 @@ Score = Literal[
     "gqa/accuracy",
     "gqa/mIoU",
     "gqa/acc_at_iou0.5",
+    "number/accuracy",
+    "regression/score",
+    "ocr/score",
+    "text/rouge",
     "format",
     "reward/total",
 ]  # of `evaluate.summarise`, those that are better the higher they are
@@ -316,12 +303,12 @@ class LogSection:
     """What the run writes down."""
 
     every: int = 1  # steps between lines of metrics.jsonl
-    samples: int = 4  # completions kept per logged step
+    samples: int = 4  # prompts per logged step whose first completion is kept; -1: all completions
     tensorboard: bool = True
     wandb: str = ""  # project at Weights & Biases to log to as well; empty: none
 
     def __post_init__(self) -> None:
-        _at_least("log", self, every=1, samples=0)
+        _at_least("log", self, every=1, samples=-1)
 
 
 @dataclass(frozen=True)
@@ -356,10 +343,11 @@ class Config:
             not set("{}") & set(self.compilation_cache.replace("{run_dir}", "")),
             "a folder or bucket path, with no other braces than {run_dir}",
         )
-        if self.data.synthetic is None and not (self.data.train or self.data.eval):
+        manifests = (self.data.train, self.data.mixture, self.data.eval, self.data.eval_mixture)
+        if self.data.synthetic is None and not any(manifests):
             raise ConfigError(
                 "no data: set data.train and data.eval to JSONL manifests (`eval` needs only the "
-                "second), or set data.synthetic"
+                "second), data.mixture and data.eval_mixture to several, or set data.synthetic"
             )
         evaluated = self.eval.every and self.eval.every % self.checkpoint.every == 0
         _check(
@@ -456,5 +444,13 @@ def _differences(before: Any, after: Any, prefix: str, resumable: bool) -> Itera
         free = resumable or "resumable" in item.metadata
         if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
             yield from _differences(old, new, f"{key}.", free)
+        elif _sections(old) and _sections(new) and len(old) == len(new):
+            for number, (one, other) in enumerate(zip(old, new, strict=True)):
+                yield from _differences(one, other, f"{key}[{number}].", free)
         elif old != new:  # an optional section that only one of them has is one difference
             yield Difference(key, strict_yaml.plain(old), strict_yaml.plain(new), free)
+
+
+def _sections(value: Any) -> bool:
+    """Whether it is a list of sections."""
+    return isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value))

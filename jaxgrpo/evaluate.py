@@ -20,12 +20,13 @@ from etils import epath
 from jax import Array
 from jax.sharding import Mesh
 
-from data.records import Record, merge_spans
+from data.records import CHOICE_TASKS, SPAN_TASKS, TASKS, Record, merge_spans, row_of
 from data.sampling import OnePass
 from jaxgrpo import preemption
 from jaxgrpo.config import Config
+from jaxgrpo.dataset import Dataset
 from jaxgrpo.feed import Feed
-from jaxgrpo.inputs import Dataset, Inputs, PromptCollator, PromptLoader, describe, prepare
+from jaxgrpo.inputs import Inputs, PromptCollator, describe, prepare, prompt_loader
 from jaxgrpo.load import open_params, open_policy, open_processor
 from jaxgrpo.policy import Params, Policy
 from jaxgrpo.processes import start_processes
@@ -41,6 +42,7 @@ from jaxgrpo.programs import (
 )
 from jaxgrpo.rollout import Rollout, Sampling
 from jaxgrpo.run_dir import RunDir
+from jaxgrpo.scoring import agreed, open_reward
 from jaxgrpo.sharding import (
     check_divides,
     gather_objects,
@@ -49,8 +51,7 @@ from jaxgrpo.sharding import (
     put_scalar,
     say,
 )
-from rewards.dual import truth_arrays
-from rewards.parse import parse_batch
+from rewards.reward import Reward
 
 THRESHOLDS = (0.3, 0.5, 0.7)  # of R1@IoU, as in temporal grounding
 
@@ -85,7 +86,8 @@ class EvalPrograms(NamedTuple):
     """The executables of evaluation."""
 
     rollout: dict[int, Callable[..., tuple[Rollout, Array | None]]]  # greedy, by bucket
-    score: Callable[..., Any]
+    reward: Reward  # of the host's half
+    score: Callable[..., Any]  # the device's
 
 
 class Prediction(NamedTuple):
@@ -94,7 +96,7 @@ class Prediction(NamedTuple):
     record: Record
     text: str
     total: float
-    components: dict[str, float]  # format, choice, iou; NaN where the task has no such component
+    components: dict[str, float]  # by name; NaN where the task has no such component
     tokens: int
 
 
@@ -116,7 +118,9 @@ def compile_eval(
     greedy = policy._replace(temperature=0.0)
     scalar = scalar_shape(mesh)
     program = rollout_program(mesh, greedy, sampling, keep_features=False)
-    score = score_program(mesh, config.reward, divide_by_std=False)
+    reward = open_reward(config, config.eval.max_new_tokens)
+    reward.truth(inputs.evaluation.records, inputs.evaluation.max_spans)  # named now, not later
+    score = score_program(mesh, reward, divide_by_std=False)
     datasets = [x for x in (inputs.evaluation, inputs.swapped) if x is not None]
     max_spans = inputs.evaluation.max_spans
     return EvalPrograms(
@@ -127,6 +131,7 @@ def compile_eval(
             for number, bucket in enumerate(inputs.evaluation.offers)
             if any(dataset.buckets[number] for dataset in datasets)
         },
+        reward,
         score.lower(
             answer_shapes(mesh, prompts, 1), truth_shapes(mesh, prompts, max_spans)
         ).compile(),
@@ -202,7 +207,7 @@ def predict(
     loader = Feed(
         mesh,
         plan,
-        PromptLoader(inputs.processor, dataset.records, config.data, dataset.clips),
+        prompt_loader(inputs, dataset, config.data),
         PromptCollator(dataset.offers, inputs.processor.pad_id),
         dataset.records,
         config.data,
@@ -227,13 +232,12 @@ def predict(
             records = [dataset.records[item] for item in planned]
             texts = [[inputs.processor.decode(row[0])] for row in tokens]
             mine = [records[row] for row in loader.rows]
-            answers = parse_batch(
-                [texts[row] for row in loader.rows],
-                [record.task for record in mine],
-                thinking=config.data.thinking,
-            )
-            truth = truth_arrays(mine, dataset.max_spans)
+            reward, said = programs.reward, [texts[row] for row in loader.rows]
+            answers = reward.read(said, mine, lengths[loader.rows])
+            answers = agreed(reward, mesh, loader.rows, answers)
+            truth = reward.truth(mine, dataset.max_spans)
             scores = jax.device_get(programs.score(*put_prompts(mesh, (answers, truth))))
+            reward.check(scores.components)
             slots = [planned[row] for row in loader.rows]
             replaced |= {a for a, b in zip(slots, batch.items, strict=True) if a != b}
             for row, item in enumerate(planned):
@@ -254,23 +258,23 @@ def predict(
 def summarise(predictions: Sequence[Prediction]) -> dict[str, float]:
     """The scores and their baselines, by task; a task without items has none.
 
+    number/accuracy is the share equal to two decimals, regression/score 1 - the relative error,
+    ocr/score 1 - the word error rate, text/rouge the mean of ROUGE-1, -2 and -L.
     acc_at_iou0.5 is NExT-GQA's Acc@GQA at IoU: the right letter and an IoU of at least 0.5.
     """
-    by_task = {
-        task: [p for p in predictions if p.record.task == task] for task in ("mcqa", "tvg", "gqa")
-    }
+    by_task = {task: [p for p in predictions if p.record.task == task] for task in TASKS}
     metrics: dict[str, float] = {
         "format": _mean(p.components["format"] for p in predictions),
         "reward/total": _mean(p.total for p in predictions),
         "completion/length": _mean(p.tokens for p in predictions),
     }
-    for task in ("mcqa", "gqa"):
+    for task in CHOICE_TASKS:
         if chosen := by_task[task]:
             letters = [p.record.answer for p in chosen]
             most = max(letters.count(letter) for letter in letters)
             metrics[f"{task}/accuracy"] = _mean(p.components["choice"] for p in chosen)
             metrics[f"{task}/accuracy_constant_letter"] = most / len(letters)
-    for task in ("tvg", "gqa"):
+    for task in SPAN_TASKS:
         if chosen := by_task[task]:
             metrics[f"{task}/mIoU"] = _mean(p.components["iou"] for p in chosen)
             metrics[f"{task}/mIoU_constant_span"] = best_constant_span(
@@ -284,7 +288,18 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, float]:
         metrics["gqa/acc_at_iou0.5"] = _mean(
             p.components["choice"] == 1 and p.components["iou"] >= 0.5 for p in by_task["gqa"]
         )
+    for task, name in _ANSWER_SCORES.items():
+        if chosen := by_task[task]:
+            metrics[name] = _mean(p.components[task] for p in chosen)
     return metrics
+
+
+_ANSWER_SCORES = {
+    "number": "number/accuracy",
+    "regression": "regression/score",
+    "ocr": "ocr/score",
+    "text": "text/rouge",
+}
 
 
 def best_constant_span(
@@ -322,7 +337,9 @@ def _mean(values: Iterable[Any]) -> float:
 
 
 def first_of_each_task(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
-    """`count` predictions or fewer, shared out over the tasks."""
+    """`count` predictions or fewer, shared out over the tasks; all where it is -1."""
+    if count < 0:
+        return list(predictions)
     by_task: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         by_task.setdefault(prediction.record.task, []).append(prediction)
@@ -331,8 +348,13 @@ def first_of_each_task(predictions: Sequence[Prediction], count: int) -> list[Pr
 
 
 def sample(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as a line for people to read: question, right answer, completion, rewards."""
+    """A prediction as a line to read, and to score again: see `rescore`.
+
+    Question, right answer, completion, rewards (None where the task has no such component), and
+    the rest of the record.
+    """
     record = prediction.record
+    rest = {k: v for k, v in row_of(record).items() if k not in ("id", "question")}
     line: dict[str, Any] = {
         "id": record.id,
         "question": record.question,
@@ -342,15 +364,17 @@ def sample(prediction: Prediction) -> dict[str, Any]:
     }
     for name, value in prediction.components.items():
         line[f"reward/{name}"] = None if np.isnan(value) else value
-    return line
+    return line | {"tokens": prediction.tokens, "record": rest}
 
 
 def truth_text(record: Record) -> str:
-    """The right answer for a reader: "B (red)", "3.5-7.0 s", or both."""
+    """The right answer for a reader: "B (red)", "3.5-7.0 s", both, or the number or text."""
+    if record.task not in CHOICE_TASKS + SPAN_TASKS:
+        return record.answer or ""
     parts = []
-    if record.task != "tvg" and record.answer is not None:
+    if record.task in CHOICE_TASKS and record.answer is not None:
         parts.append(f"{record.answer} ({record.options[ord(record.answer) - ord('A')]})")
-    if record.task != "mcqa":
+    if record.task in SPAN_TASKS:
         parts.append(", ".join(f"{start:g}-{end:g} s" for start, end in record.spans))
     return ", ".join(parts)
 
@@ -380,6 +404,7 @@ _TABLE = (
     "gqa/mIoU",
     "gqa/mIoU_constant_span",
     "gqa/acc_at_iou0.5",
+    *_ANSWER_SCORES.values(),
     "format",
     "reward/total",
 )

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from jax.sharding import Mesh
 
 from data.pipeline import Batch, batches
-from data.probe import VideoError
+from data.probe import GIVEN_UP, VideoError
 from data.records import Record
 from data.sampling import Plan
 from jaxgrpo.config import DataSection
@@ -41,11 +41,16 @@ class Feed(Iterator[Batch]):
         *,
         start_step: int,
         num_steps: int,
+        given_up: Mapping[int, tuple[str, str]] | None = None,
     ) -> None:
-        """Reads steps start_step, ..., start_step + num_steps - 1; see `data.pipeline.batches`."""
+        """Reads steps start_step, ..., start_step + num_steps - 1; see `data.pipeline.batches`.
+
+        Args:
+          given_up: item -> kind and message of those whose decoder hung before; not tried again.
+        """
         self.rows = process_rows(mesh, plan.prompts)
         self._shared = shares_rows(mesh)
-        self._load = load
+        self._load = load = _Refusing(load, dict(given_up or {}))
         self._read = functools.partial(
             batches,
             plan,
@@ -88,7 +93,11 @@ class Feed(Iterator[Batch]):
 
 @dataclasses.dataclass(frozen=True)
 class _Refusing:
-    """`load`, with items that are bad whatever it would find: item -> kind and message."""
+    """`load`, with items that are bad whatever it would find: item -> kind and message.
+
+    One whose decoder hangs becomes one of them: another look would take as long, and might end
+    otherwise than before the run was interrupted.
+    """
 
     load: Callable[[int], Any]
     bad: dict[int, tuple[str, str]]
@@ -96,4 +105,9 @@ class _Refusing:
     def __call__(self, item: int) -> Any:
         if item in self.bad:
             raise VideoError(*self.bad[item])
-        return self.load(item)
+        try:
+            return self.load(item)
+        except VideoError as error:
+            if error.kind == GIVEN_UP:
+                self.bad[item] = (error.kind, error.message)
+            raise

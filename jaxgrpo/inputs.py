@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.frames import FrameStore, open_store
 from data.probe import Clips, Probe, VideoError
 from data.prompts import question_text, target_text
 from data.records import Record
-from data.sources import open_source
 from data.staging import Stage
-from data.synthetic import SyntheticSpec, write_dataset
-from data.video import FrameSampling, decode, frame_count
+from data.video import Frames, FrameSampling, decode, frame_count
 from jaxgrpo.config import Config, DataSection
+from jaxgrpo.dataset import Dataset, bucket_sizes, make_dataset
+from jaxgrpo.mixture import manifests, open_manifests, shares
 from models.qwen2_5_vl.processor import Processor, Prompt, Video, collate
 from models.qwen2_5_vl.sizes import PixelLimits, ProcessorError, Size
 
@@ -36,39 +35,6 @@ class InputError(ValueError):
     """Data that cannot be trained on or evaluated as configured."""
 
 
-class Dataset(NamedTuple):
-    """The usable records of one manifest; an item is a record's number in it."""
-
-    records: tuple[Record, ...]
-    sizes: tuple[Size, ...]  # what each item's prompt needs
-    buckets: tuple[tuple[int, ...], ...]  # the items of each bucket
-    offers: tuple[Size, ...]  # what each bucket offers to each of its prompts
-    max_spans: int  # M, the most true spans that an item has
-    clips: Clips  # where the records' videos are
-
-    @property
-    def spares(self) -> list[list[int]]:
-        """Per bucket the items of others that it would hold, for when its own are all bad."""
-        return [
-            [i for i, size in enumerate(self.sizes) if i not in own and size.fits(offer)]
-            for own, offer in zip(map(set, self.buckets), self.offers, strict=True)
-        ]
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """What the steps depend on besides the config: by name, JSON values, and short."""
-        rows = [
-            [dataclasses.asdict(record), size]
-            for record, size in zip(self.records, self.sizes, strict=True)
-        ]
-        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-        return {
-            "items": f"{len(rows)} with digest {digest}",
-            "bucket sizes": [size._asdict() for size in self.offers],
-            "spans of an item at most": self.max_spans,
-        }
-
-
 class Inputs(NamedTuple):
     """All data of a run, measured."""
 
@@ -77,6 +43,12 @@ class Inputs(NamedTuple):
     evaluation: Dataset | None
     swapped: Dataset | None  # grounding questions of `evaluation`, each about another item's video
     excluded: dict[str, str]  # "data.train/ID" -> why its video cannot be read: in no dataset
+    store: FrameStore | None  # keeps decoded frames
+
+    def served(self) -> dict[str, int]:
+        """How often this process found a video in the store, by the names of metrics.jsonl."""
+        served = self.store.served()._asdict() if self.store else {}
+        return {f"data/frame_store_{name}": count for name, count in served.items()}
 
 
 class Target(NamedTuple):
@@ -94,7 +66,7 @@ def pixel_limits(config: DataSection) -> PixelLimits:
 
 def frame_sampling(config: DataSection) -> FrameSampling:
     """Which frames of a video the model sees."""
-    return FrameSampling(config.fps, config.min_frames, config.max_frames)
+    return FrameSampling(config.fps, config.min_frames, config.max_frames, config.frames)
 
 
 def open_stage(config: DataSection) -> Stage | None:
@@ -108,15 +80,6 @@ def open_stage(config: DataSection) -> Stage | None:
     stage = Stage(Path(config.stage).expanduser(), int(config.stage_gib * (1 << 30)))
     stage.recount()
     return stage
-
-
-def manifest_paths(config: DataSection) -> dict[str, str]:
-    """The manifests by key, "" where none is set; synthetic ones are made, with their clips."""
-    train, evaluation = config.train, config.eval
-    if config.synthetic is not None:
-        spec = SyntheticSpec(**dataclasses.asdict(config.synthetic))
-        train, evaluation = map(str, write_dataset(config.root, spec, config.threads))
-    return {"data.train": train, "data.eval": evaluation}
 
 
 def messages(record: Record, thinking: bool) -> list[dict[str, Any]]:
@@ -146,28 +109,25 @@ def prepare(
     Raises:
       InputError: a manifest is not configured, none of its videos can be read, a question cannot
         be asked, prompts do not fit the largest bucket, or the hosts see different data.
-      ManifestError, SyntheticError, StorageError: see there.
+      ManifestError, MixtureError, SyntheticError, StorageError: see there.
     """
     data = config.data
     needed = {"data.train": train, "data.eval": evaluation}
-    manifests = {key: path for key, path in manifest_paths(data).items() if needed[key]}
-    for key, path in manifests.items():
-        if not path:
+    named = {key: parts for key, parts in manifests(data).items() if needed[key]}
+    for key, parts in named.items():
+        if not parts:
             raise InputError(f"{key} is empty: set it to a JSONL manifest, or set data.synthetic")
     stage = open_stage(data)
-    sources = {
-        key: open_source(path, data.root, stage, data.threads, _say)
-        for key, path in manifests.items()
-    }
-    clips = {key: source.clips for key, source in sources.items()}
-    records = {key: source.records for key, source in sources.items()}
+    opened = {key: open_manifests(parts, data, stage, _say) for key, parts in named.items()}
+    clips = {key: source.clips for key, (source, _) in opened.items()}
+    records = {key: source.records for key, (source, _) in opened.items()}
     if config.eval.limit and evaluation:
         records["data.eval"] = records["data.eval"][: config.eval.limit]
 
     bad = dict(excluded or {})
     measured: dict[str, list[tuple[Record, Size]]] = {}
     for key, rows in records.items():
-        probes = clips[key].probe(rows, data.threads)
+        probes = clips[key].probe(rows, data.threads, data.timeout)
         left_out = {record.id for record in rows if f"{key}/{record.id}" in bad}
         usable, errors = _measure(rows, probes, clips[key], processor, data, left_out)
         bad |= {f"{key}/{name}": reason for name, reason in errors.items()}
@@ -185,11 +145,12 @@ def prepare(
     datasets = {}
     for key, usable in measured.items():
         together = usable + (swapped if key == "data.eval" else [])
-        offers = _bucket_sizes([size for _, size in together], data.buckets)
+        offers = bucket_sizes([size for _, size in together], data.buckets)
         max_spans = max(max(len(record.spans), 1) for record, _ in together)
-        datasets[key] = _dataset(usable, offers, max_spans, clips[key])
+        weights = opened[key].weights
+        datasets[key] = make_dataset(usable, offers, max_spans, clips[key], weights)
         if key == "data.eval" and swapped:
-            datasets["swapped"] = _dataset(swapped, offers, max_spans, clips[key])
+            datasets["swapped"] = make_dataset(swapped, offers, max_spans, clips[key], weights)
     _check_hosts_agree({key: dataset.plan for key, dataset in datasets.items()})
     return Inputs(
         processor,
@@ -197,6 +158,7 @@ def prepare(
         datasets.get("data.eval"),
         datasets.get("swapped"),
         bad,
+        open_store(data.frame_store, data.frame_store_gib) if data.frame_store else None,
     )
 
 
@@ -212,6 +174,9 @@ def describe(inputs: Inputs) -> str:
                 for items, bucket in zip(dataset.buckets, dataset.offers, strict=True)
             )
             lines.append(f"{name}: {len(dataset.records)} items ({counts}); prompts: {fills}")
+            if name == "train":
+                told = shares(dataset.records, dataset.weights, dataset.clips)
+                lines += [f"  {line}" for line in told]
     if inputs.excluded:
         shown = list(inputs.excluded.values())[:_SHOWN]
         more = len(inputs.excluded) - len(shown)
@@ -222,23 +187,63 @@ def describe(inputs: Inputs) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PromptLoader:
-    """Item -> prompt: decodes the video and processes it. Runs in data threads and workers."""
+    """Item -> prompt: decodes the video and processes it. Runs in data threads and workers.
+
+    Attributes:
+      sizes: what the items' prompts were measured to need; without them nothing is compared.
+      store: keeps frames, if any.
+    """
 
     processor: Processor
     records: tuple[Record, ...]
     data: DataSection
     clips: Clips
+    sizes: tuple[Size, ...] = ()
+    store: FrameStore | None = None
 
     def __call__(self, item: int) -> Prompt:
         record = self.records[item]
-        frames = decode(
+        frames = self._frames(record)
+        video = Video(frames.frames, frames.seconds_per_frame, frames.decoded_hw)
+        prompt = self.processor(messages(record, self.data.thinking), [video])
+        if self.sizes and prompt.size != self.sizes[item]:
+            raise VideoError(
+                "changed",
+                f"{self.clips.name(record.video)}: expected a prompt of {self.sizes[item]} as when "
+                f"the video was probed, found {prompt.size}: it was replaced since the run began",
+            )
+        return prompt
+
+    def _frames(self, record: Record) -> Frames:
+        """The record's frames, from the store or decoded."""
+        store, name = self.store, self.clips.name(record.video)
+        identity = self.clips.identities([record.video], 1).get(record.video) if store else None
+        if store is None or identity is None:
+            return self._decode(record)
+        vision = self.processor.config.vision
+        how = (
+            frame_sampling(self.data),
+            record.clip,
+            record.duration,
+            self.processor.limits,
+            self.data.resize,
+            (vision.patch_size, vision.merge_size, vision.temporal_patch_size),
+        )
+        frames = store.get(name, how, identity)
+        if frames is None:
+            frames = self._decode(record)
+            store.put(name, how, identity, frames)
+        return frames
+
+    def _decode(self, record: Record) -> Frames:
+        return decode(
             self.clips.fetch(record.video),
             frame_sampling(self.data),
             record.clip,
             record.duration,
+            self.processor.resize_frame,
+            self.data.timeout,
         )
-        video = Video(frames.frames, frames.seconds_per_frame)
-        return self.processor(messages(record, self.data.thinking), [video])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +275,13 @@ class TargetLoader:
                 f"rollout.max_new_tokens ({self.max_tokens}); raise that"
             )
         return completion
+
+
+def prompt_loader(inputs: Inputs, dataset: Dataset, data: DataSection) -> PromptLoader:
+    """The loader of a dataset's prompts."""
+    return PromptLoader(
+        inputs.processor, dataset.records, data, dataset.clips, dataset.sizes, inputs.store
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,12 +332,12 @@ def _measure(
         if record.id in excluded:
             continue
         if isinstance(probe, VideoError):
-            errors[record.id] = f"{record.id}: {probe}"
+            errors[record.id] = f"{record.id}: {probe.kind}: {probe}"
             continue
         try:
             measured.append((record, _size(record, probe, clips, processor, data)))
         except VideoError as error:
-            errors[record.id] = f"{record.id}: {error}"
+            errors[record.id] = f"{record.id}: {error.kind}: {error}"
     errors = {name: reason for part in _from_hosts(errors) for name, reason in part.items()}
     return [(record, size) for record, size in measured if record.id not in errors], errors
 
@@ -394,7 +406,7 @@ def _swap_videos(
         for record, other in zip(grounding, moved, strict=True)
         if (record.video, record.clip) != (other.video, other.clip)
     ]
-    probes = clips.probe(pairs, data.threads)
+    probes = clips.probe(pairs, data.threads, data.timeout)
     swapped, _ = _measure(pairs, probes, clips, processor, data, set())
     return [(record, size) for record, size in swapped if size.tokens <= data.buckets[-1]]
 
@@ -409,37 +421,3 @@ def _check_fits(key: str, usable: Sequence[tuple[Record, Size]], buckets: Sequen
             f"tokens): {shown}{', ...' if len(long) > _SHOWN else ''}; add a bucket of {longest} "
             "to data.buckets, or lower data.total_pixels, data.max_pixels or data.fps"
         )
-
-
-def _bucket_of(tokens: int, buckets: Sequence[int]) -> int:
-    return int(np.searchsorted(np.asarray(buckets), tokens))
-
-
-def _bucket_sizes(sizes: Sequence[Size], tokens: Sequence[int]) -> tuple[Size, ...]:
-    """What each bucket offers: its tokens, and of all else the most that a prompt in it needs."""
-    offers: list[Size] = []
-    for bucket, width in enumerate(tokens):
-        members = [size for size in sizes if _bucket_of(size.tokens, tokens) == bucket]
-        offers.append(bucket_offer(members, width))
-    return tuple(offers)
-
-
-def bucket_offer(members: Sequence[Size], tokens: int) -> Size:
-    """What a bucket of `tokens` tokens must offer to prompts of these sizes.
-
-    The rows that a prompt's frames need are known once the largest frame of the bucket is.
-    """
-    most = Size(*np.max(members, axis=0).tolist()) if members else Size(0, 0, 0, 0, 0)
-    rows = max((size.rows(most.frame_patches) for size in members), default=0)
-    return most._replace(tokens=tokens, frames=rows)
-
-
-def _dataset(
-    usable: Sequence[tuple[Record, Size]], offers: tuple[Size, ...], max_spans: int, clips: Clips
-) -> Dataset:
-    widths = [bucket.tokens for bucket in offers]
-    items: list[list[int]] = [[] for _ in offers]
-    for number, (_, size) in enumerate(usable):
-        items[_bucket_of(size.tokens, widths)].append(number)
-    records, sizes = zip(*usable, strict=True)
-    return Dataset(records, sizes, tuple(map(tuple, items)), offers, max_spans, clips)

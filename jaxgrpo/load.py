@@ -22,6 +22,7 @@ from jaxgrpo.processes import check_same
 from jaxgrpo.run_dir import is_run, read_config
 from jaxgrpo.sharding import make_mesh, param_shardings, say
 from jaxgrpo.update import split_frozen
+from models.qwen2_5_vl import resize
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, random_params
 from models.qwen2_5_vl.processor import Processor
@@ -121,7 +122,8 @@ def open_processor(config: Config) -> Processor:
         )
     weights = config.model.init == "checkpoint" and not is_run(config.model.path)
     directory = model_directory(config.model.path, weights=weights)
-    return Processor.load(directory, pixel_limits(config.data))
+    how = {"exact": resize.exact, "pillow": resize.pillow}[config.data.resize]
+    return Processor.load(directory, pixel_limits(config.data), how)
 
 
 def vocabulary_of(processor: Processor) -> Vocabulary:

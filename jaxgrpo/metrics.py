@@ -104,10 +104,12 @@ class MetricsLog:
     def write_completions(
         self, step: int, split: str, completions: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Appends sampled completions, one line each: texts as they are, numbers as in `write`."""
+        """Appends sampled completions, one line each: texts and records (plain values, finite
+        numbers) as they are, numbers as in `write`.
+        """
         for completion in completions:
             values = {
-                name: value if isinstance(value, str) else _number(value)
+                name: value if isinstance(value, (str, dict)) else _number(value)
                 for name, value in completion.items()
             }
             self._append(COMPLETIONS, {"step": step, "split": split, **values})
@@ -269,11 +271,21 @@ class CompileCounter:
 
 # The panels of the picture: a title, then the metrics drawn in it.
 _PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("training reward", "train", ("reward/total", "reward/format", "reward/choice", "reward/iou")),
+    (
+        "training reward",
+        "train",
+        (
+            *("reward/total", "reward/format", "reward/choice", "reward/iou", "reward/number"),
+            *("reward/regression", "reward/ocr", "reward/text", "reward/custom"),
+        ),
+    ),
     (
         "held-out score",
         "eval",
-        ("tvg/mIoU", "tvg/mIoU_constant_span", "mcqa/accuracy", "gqa/acc_at_iou0.5", "format"),
+        (
+            *("tvg/mIoU", "tvg/mIoU_constant_span", "mcqa/accuracy", "gqa/acc_at_iou0.5"),
+            *("number/accuracy", "regression/score", "ocr/score", "text/rouge", "format"),
+        ),
     ),
     ("KL and entropy", "train", ("kl", "entropy")),
     ("completion tokens", "train", ("completion/length",)),

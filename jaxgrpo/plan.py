@@ -28,7 +28,8 @@ from jax.stages import Lowered
 
 from jaxgrpo import flops, hlo, memory
 from jaxgrpo.config import Config, DataSection
-from jaxgrpo.inputs import bucket_offer, pixel_limits
+from jaxgrpo.dataset import bucket_offer
+from jaxgrpo.inputs import pixel_limits
 from jaxgrpo.load import config_directory, make_policy
 from jaxgrpo.policy import Vocabulary
 from jaxgrpo.programs import lower_train, lower_weights

@@ -26,7 +26,10 @@ _JOIN_TIMEOUT = 300  # for all processes of a job to start
 _LEAVE_TIMEOUT = 10.0  # that a failed process waits for the others to fail as well
 
 # Keys that may differ between the hosts of a job.
-_OF_A_HOST = ("data.root", "data.threads", "data.workers", "data.prefetch")
+_OF_A_HOST = (
+    *("data.root", "data.threads", "data.workers", "data.prefetch"),
+    "reward.custom.folder",
+)
 # In the messages of gloo (CPU), NCCL (GPU) and the coordination service.
 _SIGNS_OF_LOSS = (
     "closed by peer",

@@ -26,7 +26,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered, Wrapped
 
-from jaxgrpo.config import Config, RewardSection
+from jaxgrpo.config import Config
 from jaxgrpo.grpo import group_advantages, zero_variance
 from jaxgrpo.policy import Params, Policy, cast
 from jaxgrpo.rollout import Rollout, Sampling, generate
@@ -54,9 +54,9 @@ from jaxgrpo.update import (
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.processor import Prompt
 from models.qwen2_5_vl.sizes import Size
-from rewards.dual import Truth, dual_reward
-from rewards.parse import Answers
-from rewards.weights import RewardWeights
+from rewards.answers import Answers
+from rewards.dual import Truth
+from rewards.reward import Reward
 
 
 class Scores(NamedTuple):
@@ -152,12 +152,11 @@ def rollout_program(mesh: Mesh, policy: Policy, sampling: Sampling, keep_feature
     return jit_on(mesh, rollout, out_shardings=(completions, split))
 
 
-def score_program(mesh: Mesh, rewards: RewardSection, divide_by_std: bool) -> Wrapped:
-    """(parsed answers, ground truth) -> rewards and advantages."""
-    weights = RewardWeights(rewards.format, rewards.choice, rewards.iou)
+def score_program(mesh: Mesh, reward: Reward, divide_by_std: bool) -> Wrapped:
+    """(answers, ground truth) -> rewards and advantages."""
 
     def score(answers: Answers, truth: Truth) -> Scores:
-        total, components = dual_reward(answers, truth, weights)
+        total, components = reward.score(answers, truth)
         advantages = group_advantages(total, divide_by_std)
         return Scores(total, components, advantages, zero_variance(total))
 
@@ -254,12 +253,20 @@ def prompt_shapes(mesh: Mesh, vision: VisionConfig, bucket: Size, prompts: int) 
 
 
 def answer_shapes(mesh: Mesh, prompts: int, group: int) -> Answers:
-    """The shapes of the parsed answers of a step."""
+    """The shapes of the answers of a step."""
 
     def on(dtype: Any, *shape: int) -> Any:
         return shape_on(mesh, PROMPTS, (prompts, group, *shape), dtype)
 
-    return Answers(on(np.bool_), on(np.int32), on(np.float32, 2))
+    return Answers(
+        format_ok=on(np.bool_),
+        choice=on(np.int32),
+        span=on(np.float32, 2),
+        number=on(np.float32),
+        match=on(np.float32),
+        length=on(np.int32),
+        custom=on(np.float32),
+    )
 
 
 def truth_shapes(mesh: Mesh, prompts: int, spans: int) -> Truth:
@@ -269,10 +276,11 @@ def truth_shapes(mesh: Mesh, prompts: int, spans: int) -> Truth:
         return shape_on(mesh, PROMPTS, (prompts, *shape), dtype)
 
     return Truth(
+        task=on(np.int32),
         choice=on(np.int32),
         spans=on(np.float32, spans, 2),
-        has_choice=on(np.bool_),
-        has_span=on(np.bool_),
+        number=on(np.float32),
+        duration=on(np.float32),
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Self
 import jax
 
 from data.pipeline import Failure
+from data.probe import GIVEN_UP
 from data.records import TASKS, Record, write_atomically
 from data.storage import is_folder, is_url, join
 from jaxgrpo import config as configs
@@ -60,7 +61,7 @@ class RunDir:
     Attributes:
       first_step: updates already done; 0 for a new run.
       excluded: what was left out when the run began, and why; see `inputs.Inputs`.
-      failures: item id -> why its video failed later, over the whole run.
+      failures: item id -> kind and message of its video's failure later, over the whole run.
       owes_evaluation: whether the evaluation after `first_step` updates is still to be made.
       stopping: whether a process of the run has got SIGTERM; the same on all of them.
     """
@@ -224,6 +225,32 @@ class RunDir:
             if name not in self.failures:
                 new[name] = self.failures[name] = reason
         return [f"replaced {name}: {reason}" for name, reason in new.items()]
+
+    def bad_videos(self) -> str:
+        """The items whose videos could not be used, by kind; empty where all could."""
+        left_out = {
+            key.partition("/")[2]: reason.removeprefix(f"{key.partition('/')[2]}: ")
+            for key, reason in self.excluded.items()
+        }
+        kinds: dict[str, list[str]] = {}
+        for name, reason in sorted((left_out | self.failures).items()):
+            kinds.setdefault(reason.partition(":")[0], []).append(name)
+        if not kinds:
+            return ""
+        count = sum(map(len, kinds.values()))
+        lines = [f"{count} items had videos that could not be used:"]
+        return "\n".join(
+            [*lines, *(f"  {kind}: {', '.join(kinds[kind])}" for kind in sorted(kinds))]
+        )
+
+    def given_up(self, records: Sequence[Record]) -> dict[int, tuple[str, str]]:
+        """Item -> kind and message of the videos whose decoder hung; see `feed.Feed`."""
+        reasons = ((i, self.failures.get(record.id, "")) for i, record in enumerate(records))
+        return {
+            item: (GIVEN_UP, reason.removeprefix(f"{GIVEN_UP}: "))
+            for item, reason in reasons
+            if reason.startswith(f"{GIVEN_UP}: ")
+        }
 
     def finish(self) -> None:
         """Waits for the last checkpoint and draws the curves."""

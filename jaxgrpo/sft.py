@@ -10,17 +10,17 @@ import time
 
 import jax
 
-from data.sampling import StepPlan
 from jaxgrpo import evaluate, preemption
 from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.dataset import step_plan
 from jaxgrpo.feed import Feed
 from jaxgrpo.inputs import (
     PromptCollator,
-    PromptLoader,
     TargetCollator,
     TargetLoader,
     describe,
     prepare,
+    prompt_loader,
 )
 from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
@@ -78,9 +78,7 @@ def main(config: Config) -> None:
             weight_steps(config.model.path) if config.model.freeze_vision else [],
             inputs.excluded,
         )
-        targets = TargetLoader(
-            PromptLoader(processor, inputs.train.records, config.data, inputs.train.clips), length
-        )
+        targets = TargetLoader(prompt_loader(inputs, inputs.train, config.data), length)
         for item in range(len(inputs.train.records)):
             targets.completion(item)  # one that is too long is named now, not in the middle
 
@@ -117,13 +115,14 @@ def main(config: Config) -> None:
         # ---- the loop ----
         loader = Feed(
             mesh,
-            StepPlan(inputs.train.buckets, prompts, config.seed, inputs.train.spares),
+            step_plan(inputs.train, prompts, config.seed),
             targets,
             TargetCollator(PromptCollator(inputs.train.offers, processor.pad_id), length),
             inputs.train.records,
             config.data,
             start_step=run.first_step,
             num_steps=config.sft.steps - run.first_step,
+            given_up=run.given_up(inputs.train.records),
         )
         progress = Progress("SFT", config.sft.steps, run.first_step)
         preemption.defer()
@@ -139,6 +138,7 @@ def main(config: Config) -> None:
                     progress.print(line)
                 metrics |= {
                     "data/failed_videos": len(run.failures),
+                    **inputs.served(),
                     "compilations": compilations.total,
                     "time/step": time.perf_counter() - begun,
                 }
@@ -163,6 +163,8 @@ def main(config: Config) -> None:
                 if run.stopping:
                     run.stop(done)
         progress.close()
+        if bad := run.bad_videos():
+            say(bad)
         run.finish()
     say(closing_words(config))
 

@@ -87,7 +87,7 @@ def plain(value: Any) -> Any:
     """The way back: dataclasses as dicts, tuples as lists, ready for JSON or YAML."""
     if dataclasses.is_dataclass(value):
         return {item.name: plain(value.__dict__[item.name]) for item in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _section(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:

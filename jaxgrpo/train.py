@@ -6,18 +6,18 @@ Legend: P prompts in a step, G completions per prompt, C completion tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from data.records import Record
-from data.sampling import StepPlan
 from jaxgrpo import evaluate, preemption
 from jaxgrpo.config import Config, RolloutSection
+from jaxgrpo.dataset import step_plan
 from jaxgrpo.feed import Feed
-from jaxgrpo.inputs import PromptCollator, PromptLoader, describe, prepare
+from jaxgrpo.inputs import PromptCollator, describe, prepare, prompt_loader
 from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.policy import Params
@@ -32,6 +32,7 @@ from jaxgrpo.programs import (
     truth_shapes,
 )
 from jaxgrpo.run_dir import RunDir
+from jaxgrpo.scoring import ConstantWatch, agreed, items_of_all, open_reward
 from jaxgrpo.sharding import (
     check_divides,
     make_mesh,
@@ -40,8 +41,6 @@ from jaxgrpo.sharding import (
     say,
 )
 from jaxgrpo.update import UpdateBatch, split_frozen, stop_if_not_finite
-from rewards.dual import truth_arrays
-from rewards.parse import parse_batch
 
 
 def main(config: Config) -> None:
@@ -51,6 +50,7 @@ def main(config: Config) -> None:
     cache_compilations(config)
     mesh = make_mesh(config.mesh)
     prompts = config.rollout.prompts
+    reward = open_reward(config)
     if note := off_policy_note(config.rollout):
         say(note)
 
@@ -76,6 +76,7 @@ def main(config: Config) -> None:
         inputs = prepare(config, processor, train=True, evaluation=True, excluded=run.excluded)
         assert inputs.train is not None and inputs.evaluation is not None
         say(describe(inputs))
+        reward.truth(inputs.train.records, inputs.train.max_spans)  # what is missing is named now
         run.check_best({record.task for record in inputs.evaluation.records})
         needs_base = bool(config.grpo.kl) or config.model.freeze_vision  # when it is resumed too
         run.keep_to(
@@ -116,9 +117,7 @@ def main(config: Config) -> None:
             truth_shapes(mesh, prompts, inputs.train.max_spans),
         )
         score = (
-            score_program(mesh, config.reward, config.grpo.divide_by_std)
-            .lower(*score_shapes)
-            .compile()
+            score_program(mesh, reward, config.grpo.divide_by_std).lower(*score_shapes).compile()
         )
         eval_programs = evaluate.compile_eval(
             config, mesh, policy, inputs, weights.to_sampler.out_info
@@ -135,16 +134,18 @@ def main(config: Config) -> None:
         # ---- data: the step plan, loaded ahead ----
         loader = Feed(
             mesh,
-            StepPlan(inputs.train.buckets, prompts, config.seed, inputs.train.spares),
-            PromptLoader(processor, inputs.train.records, config.data, inputs.train.clips),
+            step_plan(inputs.train, prompts, config.seed),
+            prompt_loader(inputs, inputs.train, config.data),
             PromptCollator(inputs.train.offers, processor.pad_id),
             inputs.train.records,
             config.data,
             start_step=run.first_step,
             num_steps=config.train.steps - run.first_step,
+            given_up=run.given_up(inputs.train.records),
         )
         rows = loader.rows  # of each batch, those of this process
         progress = Progress("GRPO", config.train.steps, run.first_step)
+        watch = ConstantWatch(config.reward.constant_steps)
         seed = put_scalar(mesh, config.seed)
         preemption.defer()
         with loader:
@@ -171,9 +172,8 @@ def main(config: Config) -> None:
 
                 # ---- rewards: text -> answers on the host -> scores and advantages ----
                 texts = [[processor.decode(ids) for ids in row] for row in tokens[rows]]
-                tasks = [record.task for record in records]
-                answers = parse_batch(texts, tasks, thinking=config.data.thinking)
-                truth = truth_arrays(records, inputs.train.max_spans)
+                answers = agreed(reward, mesh, rows, reward.read(texts, records, lengths[rows]))
+                truth = reward.truth(records, inputs.train.max_spans)
                 scores = score(*put_prompts(mesh, (answers, truth)))
                 scored_at = time.perf_counter()
 
@@ -200,12 +200,14 @@ def main(config: Config) -> None:
 
                 # ---- metrics ----
                 updated, earned = jax.device_get((updated, scores))
+                reward.check(earned.components)
                 ended = time.perf_counter()
                 for line in run.note_failures(batch.failures, inputs.train.records):
                     progress.print(line)
                 metrics = {
                     **step_metrics(earned, lengths, finished, updated),
                     "data/failed_videos": len(run.failures),
+                    **inputs.served(),
                     "compilations": compilations.total,
                     "time/rollout": sampled_at - begun,
                     "time/reward": scored_at - sampled_at,
@@ -216,9 +218,12 @@ def main(config: Config) -> None:
                 }
                 if (step + 1) % config.log.every == 0 or following is None:
                     run.write(step + 1, "train", metrics)
-                    mine = jax.tree.map(lambda x: x[rows], earned)
-                    kept = samples(records, texts, lengths[rows], mine, config.log.samples)
+                    shown = [inputs.train.records[i] for i in items_of_all(rows, batch.items)]
+                    count = config.log.samples
+                    kept = samples(shown, tokens, lengths, earned, processor.decode, count)
                     run.write_completions(step + 1, "train", kept)
+                for line in watch.update(earned.components):
+                    progress.print(line)
                 progress.update(metrics)
                 stop_if_not_finite(int(updated["skipped_in_a_row"]), step, records, config)
 
@@ -237,6 +242,8 @@ def main(config: Config) -> None:
                 batch = following
         progress.close()
         say(scores_table(run, config.train.steps))
+        if bad := run.bad_videos():
+            say(bad)
         run.finish()
     say(closing_words(config))
 
@@ -280,23 +287,35 @@ def step_metrics(
 
 def samples(
     records: Sequence[Record],
-    texts: Sequence[Sequence[str]],
+    tokens: np.ndarray,
     lengths: np.ndarray,
     scores: Scores,
+    decode: Callable[[np.ndarray], str],
     count: int,
 ) -> list[dict[str, Any]]:
-    """The first completion of `count` prompts as lines for people to read."""
+    """The first completion of `count` prompts as lines to read; all of every prompt where it is -1.
+
+    The lines carry "row" and "sample", by which `rescore` knows the groups.
+
+    Args:
+      records, tokens, lengths, scores: of the whole batch.
+    """
+    prompts, group = lengths.shape
+    chosen = [(p, 0) for p in range(min(count, prompts))]
+    if count < 0:
+        chosen = [(p, g) for p in range(prompts) for g in range(group)]
     return [
         evaluate.sample(
             evaluate.Prediction(
-                record,
-                texts[p][0],
-                float(scores.total[p, 0]),
-                {name: float(values[p, 0]) for name, values in scores.components.items()},
-                int(lengths[p, 0]),
+                records[p],
+                decode(tokens[p, g]),
+                float(scores.total[p, g]),
+                {name: float(values[p, g]) for name, values in scores.components.items()},
+                int(lengths[p, g]),
             )
         )
-        for p, record in enumerate(records[:count])
+        | {"row": p, "sample": g}
+        for p, g in chosen
     ]
 
 

@@ -1,10 +1,13 @@
-r"""Reading completions: from text to fixed-shape answers, on the host, without JAX.
+r"""Reading completions: what one says, on the host, without JAX.
 
 The scored formats, with thinking:
 
     mcqa <think>...</think><answer>B</answer>
     tvg  <think>...</think><answer>{"start_time": "3.5", "end_time": "7.0"}</answer>
     gqa  <think>...</think><answer>{"option": "B", "start_time": "3.5", "end_time": "7.0"}</answer>
+
+    number, regression        <think>...</think><answer>-3.50</answer>
+    ocr, text                 <think>...</think><answer>any text</answer>
 
 and without thinking the `<answer>...</answer>` alone. Times are in seconds.
 
@@ -20,44 +23,33 @@ A policy under reinforcement learning finds every hole in a reward, so the rules
 - **Object.** Flat JSON with exactly the keys of the task, in any order, without escapes.
 - **Time.** A JSON string or JSON number, ASCII digits: 1 to 6, no leading zero, then optionally a
   point and 1 to 18 more. No sign, exponent, unit ("3.5s"), NaN, infinity or "0:07".
+- **Number.** As a time without quotes, with at most 15 digits before the point, and a minus sign
+  where it is negative; no unit, percent sign or thousands separator.
+- **Text.** Whatever stands in the answer, stripped, if it is not empty, holds none of the tags and
+  has at most 2,000 characters: comparing texts takes time in the square of their length.
 - **Whitespace** is space, tab, newline and carriage return, as in JSON.
 - Format is about form alone. An empty or reversed span, a span past the end of the video and a
   letter that is not among the options are well formed; they earn nothing in their own component.
 
 Every text has an outcome: nothing raises, and the time is linear in the text's length.
 
-Where this differs from the scorer that the paper released (Temporal-R1, tvg only):
-
-| completion                        | released scorer                  | here                      |
-|-----------------------------------|----------------------------------|---------------------------|
-| several answers                   | the first one is scored          | format 0, no answer       |
-| tags repeated inside the thought  | format 1                         | format 0                  |
-| times as JSON numbers             | format 0, IoU scored             | format 1, IoU scored      |
-| end_time before start_time (keys) | format 0, IoU scored             | format 1, IoU scored      |
-| duplicate keys                    | format 0, the last one counts    | format 0, no answer       |
-| additional keys                   | format 0, IoU scored             | format 0, no answer       |
-| negative start                    | format 0, IoU scored             | format 0, no answer       |
-| exponents, "1_0", " 3.5 "         | format 0, IoU scored             | format 0, no answer       |
-| NaN, infinity, 1e309              | format 0, IoU 0 (nan passes max) | format 0, no answer       |
-| Unicode digits                    | format 1, IoU scored             | format 0, no answer       |
-| "1.2.3"                           | format 1, IoU 0 (exception)      | format 0, no answer       |
-| leading zeros, "5.", ".5"         | format 1, IoU scored             | format 0, no answer       |
-| reversed span                     | format 1, IoU 0, by no rule      | format 1, IoU 0           |
-| both spans empty                  | division by zero, caught: IoU 0  | IoU 0                     |
-| `<think>` missing                 | format 0, IoU scored             | the same                  |
-
-P prompts, G completions per prompt.
+docs/rewards.md has tables, which tests read, of what this does to hostile completions, and of where
+it differs from the scorer that the paper released.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-import numpy as np
-
-from data.records import LETTERS, TASKS
+from data.records import (
+    LETTERS,
+    LONGEST_TEXT,
+    NUMBER,
+    NUMBER_TASKS,
+    TAGS,
+    TASKS,
+)
 
 _SPACE: Final = " \t\n\r"
 _NAN: Final = float("nan")
@@ -74,21 +66,14 @@ class Answer(NamedTuple):
     choice: int  # 0 is A; -1 where there is none
     start: float  # seconds, NaN where there is none
     end: float
+    text: str | None = None  # of a number as it is written, of ocr and text the stripped answer
 
 
 _NO_ANSWER: Final = Answer(False, -1, _NAN, _NAN)
 
 
-class Answers(NamedTuple):
-    """What a batch of completions says."""
-
-    format_ok: np.ndarray  # bool[P, G]
-    choice: np.ndarray  # i32[P, G], -1 where there is none
-    span: np.ndarray  # f32[P, G, 2], start and end in seconds, NaN where there is none
-
-
 def parse(text: str, task: str, *, thinking: bool) -> Answer:
-    """Reads one completion of a task ("mcqa", "tvg" or "gqa") by the rules of this module.
+    """Reads one completion of a task (of `data.records.TASKS`) by the rules of this module.
 
     `thinking` says whether the format has a `<think>` block. Any text is fine; an unknown task
     raises `RewardError`.
@@ -104,40 +89,15 @@ def parse(text: str, task: str, *, thinking: bool) -> Answer:
     content, closing, after = rest.partition("</answer>")
     if not closing:
         return _NO_ANSWER
-    read = _read_letter(content) if task == "mcqa" else _read_object(content, task)
-    if read is None:
-        return _NO_ANSWER
-    return Answer(_is_framed(before, after, thinking), *read)
-
-
-def parse_batch(texts: Sequence[Sequence[str]], tasks: Sequence[str], *, thinking: bool) -> Answers:
-    """Reads the completions `texts[P][G]` of P prompts whose tasks are `tasks[P]`.
-
-    Raises `RewardError` where the lengths do not agree or a task is unknown.
-    """
-    if len(texts) != len(tasks):
-        raise RewardError(
-            f"parse_batch: expected one task per prompt, found {len(tasks)} tasks for "
-            f"{len(texts)} prompts."
-        )
-    group = len(texts[0]) if texts else 0
-    for p, completions in enumerate(texts):
-        if len(completions) != group:
-            raise RewardError(
-                f"parse_batch: expected {group} completions for every prompt, as for prompt 0, "
-                f"found {len(completions)} for prompt {p}."
-            )
-    shape = (len(texts), group)
-    answers = [
-        parse(text, task, thinking=thinking)
-        for completions, task in zip(texts, tasks, strict=True)
-        for text in completions
-    ]
-    return Answers(
-        np.array([a.format_ok for a in answers], bool).reshape(shape),
-        np.array([a.choice for a in answers], np.int32).reshape(shape),
-        np.array([(a.start, a.end) for a in answers], np.float32).reshape(*shape, 2),
-    )
+    framed = _is_framed(before, after, thinking)
+    if task in _OBJECT:
+        read = _read_object(content, task)
+        return _NO_ANSWER if read is None else Answer(framed, *read)
+    if task == "mcqa":
+        choice = _read_letter(content)
+        return _NO_ANSWER if choice is None else Answer(framed, choice, _NAN, _NAN)
+    written = _read_text(content, task)
+    return _NO_ANSWER if written is None else Answer(framed, -1, _NAN, _NAN, written)
 
 
 # Flat objects of two or three members. Possessive quantifiers (`*+`) never backtrack, and every
@@ -171,11 +131,18 @@ def _is_framed(before: str, after: str, thinking: bool) -> bool:
     )
 
 
-def _read_letter(content: str) -> tuple[int, float, float] | None:
+def _read_letter(content: str) -> int | None:
     letter = content.strip(_SPACE)
-    if len(letter) != 1 or letter not in LETTERS:
+    return LETTERS.index(letter) if len(letter) == 1 and letter in LETTERS else None
+
+
+def _read_text(content: str, task: str) -> str | None:
+    text = content.strip(_SPACE)
+    if task in NUMBER_TASKS:
+        return text if NUMBER.fullmatch(text) else None
+    if not 0 < len(text) <= LONGEST_TEXT or any(tag in text for tag in TAGS):
         return None
-    return LETTERS.index(letter), _NAN, _NAN
+    return text
 
 
 def _read_object(content: str, task: str) -> tuple[int, float, float] | None:

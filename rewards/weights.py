@@ -11,13 +11,17 @@ from rewards.parse import RewardError
 class RewardWeights:
     """What each component adds to the total at its best, 0 to 1e6.
 
-    The default scores tvg as the paper does, 0.5 IoU + 0.5 format, and gives the choice the same.
+    The default scores tvg as the paper does, 0.5 IoU + 0.5 format, and gives the others the same.
     Hashable: a static argument under `jax.jit`.
     """
 
     format: float = 0.5
     choice: float = 0.5
     iou: float = 0.5
+    number: float = 0.5
+    regression: float = 0.5
+    ocr: float = 0.5
+    text: float = 0.5
 
     def __post_init__(self) -> None:
         for name, weight in dataclasses.asdict(self).items():

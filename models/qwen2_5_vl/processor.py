@@ -1,4 +1,4 @@
-"""From chat messages and decoded frames to the arrays that the model reads. NumPy and PIL only.
+"""From chat messages and decoded frames to the arrays that the model reads, without jax.
 
 Dimensions: P prompts, S prompt tokens, N patches, W windows, T temporal grids (frame pairs),
 Q patches of a frame, K patches of a whole window. On a Video, T and H x W are frames and pixels.
@@ -14,12 +14,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import PIL.Image
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +35,7 @@ from models.qwen2_5_vl.positions import (
     mrope_positions,
     pack_frames,
 )
+from models.qwen2_5_vl.resize import exact
 from models.qwen2_5_vl.sizes import PixelLimits, ProcessorError, Size, media_grid, media_size
 
 Array: TypeAlias = Any
@@ -44,10 +44,11 @@ END_OF_TURN = "<|im_end|>"
 
 
 class Video(NamedTuple):
-    """Frames as decoded, and the time between them."""
+    """Frames, and the time between them."""
 
     frames: UInt8  # [T, H, W, 3], RGB
     seconds_per_frame: float  # 1 / sampled fps
+    decoded_hw: tuple[int, int] | None = None  # before `Processor.resize_frame`; None: not resized
 
 
 class Image(NamedTuple):
@@ -93,9 +94,15 @@ class Processor:
     chat_template: str
     eos_ids: tuple[int, ...]  # a completion ends at any of these; <|im_end|> is the first
     pad_id: int
+    resize: Callable[[UInt8, int, int], UInt8] = exact  # a function of `resize`
 
     @classmethod
-    def load(cls, directory: str | Path, limits: PixelLimits) -> Processor:
+    def load(
+        cls,
+        directory: str | Path,
+        limits: PixelLimits,
+        resize: Callable[[UInt8, int, int], UInt8] = exact,
+    ) -> Processor:
         """Reads the tokenizer, chat template, stop ids and config of a model directory.
 
         Raises:
@@ -122,6 +129,7 @@ class Processor:
             chat_template=_chat_template(directory, tokenizer),
             eos_ids=_eos_ids(directory, tokenizer),
             pad_id=pad_id,
+            resize=resize,
         )
 
     def grid(self, media_hw: tuple[int, int], frames: int | None) -> Grid:
@@ -135,6 +143,19 @@ class Processor:
           ProcessorError: no frames, no pixels, or an aspect ratio above 200.
         """
         return media_grid(media_hw, frames, self.limits, self.config.vision)
+
+    def resize_frame(self, frame: UInt8, frames: int) -> UInt8:
+        """A frame of a video as the model sees it, so that a long video need not be held whole.
+
+        Args:
+          frame: u8[H, W, 3] as decoded; the order of its channels is kept.
+          frames: frames sampled from the video.
+
+        Raises:
+          ProcessorError: as `grid`.
+        """
+        height, width, _ = frame.shape
+        return self.resize(frame, *self._pixels(self.grid((height, width), frames)))
 
     def size(self, messages: Sequence[dict[str, Any]], grids: Sequence[Grid]) -> Size:
         """What a prompt will need, before anything is decoded.
@@ -260,8 +281,14 @@ class Processor:
                 f"media[{number}] has {item.seconds_per_frame} seconds per frame, "
                 "expected a positive number"
             )
-        height, width = array.shape[-3:-1]
-        return self.grid((height, width), len(array) if isinstance(item, Video) else None)
+        if isinstance(item, Image):
+            return self.grid(array.shape[:2], None)
+        return self.grid(item.decoded_hw or array.shape[1:3], len(array))
+
+    def _pixels(self, grid: Grid) -> tuple[int, int]:
+        """Height and width of a resized frame."""
+        side = self.config.vision.patch_size
+        return grid.h * side, grid.w * side
 
     def _seconds_per_grid(self, item: Video | Image) -> float:
         if isinstance(item, Image):
@@ -275,8 +302,9 @@ class Processor:
     def _fill_patches(self, item: Video | Image, grid: Grid, out: UInt8) -> None:
         vision = self.config.vision
         frames = item.pixels[None] if isinstance(item, Image) else item.frames
-        height, width = grid.h * vision.patch_size, grid.w * vision.patch_size
-        frames = resize(frames, height, width)
+        size = self._pixels(grid)
+        if frames.shape[1:3] != size:
+            frames = np.stack([self.resize(frame, *size) for frame in frames])
         missing = grid.t * vision.temporal_patch_size - len(frames)
         if missing:
             frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
@@ -288,17 +316,6 @@ class Processor:
             vision.window_side,
             out,
         )
-
-
-def resize(frames: UInt8, height: int, width: int) -> UInt8:
-    """u8[T, H, W, 3] to u8[T, height, width, 3], bicubic with antialiasing (PIL's)."""
-    if frames.shape[1:3] == (height, width):
-        return frames
-    resized = np.empty((len(frames), height, width, 3), np.uint8)
-    for source, target in zip(frames, resized, strict=True):
-        image = PIL.Image.fromarray(source)
-        target[:] = np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
-    return resized
 
 
 def collate(prompts: Sequence[Prompt], bucket: Size, pad_id: int) -> Prompt:

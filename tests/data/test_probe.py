@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that were really looked at."""
     names: list[str] = []
 
-    def counting(path: Path) -> Probe:
+    def counting(path: Path, timeout: float) -> Probe:
         names.append(Path(path).name)
-        return probe(path)
+        return probe(path, timeout)
 
     monkeypatch.setattr(data.probe, "probe", counting)
     return names
@@ -115,6 +116,24 @@ def test_a_missing_file_is_looked_for_again(tmp_path: Path) -> None:
     records, cache = [record("1", "a.mp4")], tmp_path / "probes.json"
     assert isinstance(probe_all(records, FolderClips(str(tmp_path)), 1, cache)["1"], VideoError)
     clips.write_mp4v(tmp_path / "a.mp4", 10)
+    assert isinstance(probe_all(records, FolderClips(str(tmp_path)), 1, cache)["1"], Probe)
+
+
+def test_a_probe_that_hung_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips.write_mp4v(tmp_path / "a.mp4", 10)
+    release = threading.Event()
+
+    def hang(video: Path) -> Probe:
+        release.wait(30)
+        raise AssertionError("nobody waits for this")
+
+    records, cache = [record("1", "a.mp4")], tmp_path / "probes.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(data.probe, "_probe", hang)
+        error = probe_all(records, FolderClips(str(tmp_path)), 1, cache, timeout=0.2)["1"]
+    release.set()
+    assert isinstance(error, VideoError) and error.kind == "timeout"
+    assert "data.timeout sets the limit" in error.message
     assert isinstance(probe_all(records, FolderClips(str(tmp_path)), 1, cache)["1"], Probe)
 
 

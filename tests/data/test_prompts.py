@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from data.prompts import PromptError, best_single_span, question_text, target_text
-from data.records import TASKS, Record
+from data.records import CHOICE_TASKS, SPAN_TASKS, TASKS, Record
+from rewards.answers import read_answers
 from rewards.dual import dual_reward, truth_arrays
-from rewards.parse import parse, parse_batch
+from rewards.parse import parse
 from rewards.weights import RewardWeights
 
 Spans = tuple[tuple[float, float], ...]
@@ -31,13 +32,22 @@ RECORD = Record(
 )
 
 
+ANSWERS = {
+    "number": "-3.50",
+    "regression": "0",
+    "ocr": "Stop  at\nthe <b> sign",
+    "text": "She opens it.",
+}
+
+
 def of(task: str, spans: Spans = RECORD.spans) -> Record:
-    return dataclasses.replace(RECORD, task=task, spans=spans)
+    record = dataclasses.replace(RECORD, task=task, spans=spans)
+    return dataclasses.replace(record, answer=ANSWERS[task]) if task in ANSWERS else record
 
 
 def reward(text: str, record: Record, thinking: bool) -> tuple[float, float]:
     """The total reward of a completion and its IoU."""
-    answers = parse_batch([[text]], [record.task], thinking=thinking)
+    answers = read_answers([[text]], [record], np.ones((1, 1)), thinking=thinking)
     truth = truth_arrays([record], max_spans=max(1, len(record.spans)))
     total, parts = dual_reward(answers, truth, RewardWeights(0.5, 1.0, 2.0))
     return float(total[0, 0]), float(parts["iou"][0, 0])
@@ -63,16 +73,29 @@ def test_a_grounding_prompt_in_full() -> None:
     )
 
 
+def test_prompts_of_numbers_and_texts_in_full() -> None:
+    asked = {
+        task: question_text(of(task), False).removeprefix("What is opened?\n") for task in ANSWERS
+    }
+    assert asked == {
+        "number": "Answer with the number, in digits, inside <answer></answer>.",
+        "regression": "Answer with your estimate, one number in digits, inside <answer></answer>.",
+        "ocr": "Answer with the text that the video shows, word for word, inside "
+        "<answer></answer>.",
+        "text": "Answer in your own words inside <answer></answer>.",
+    }
+
+
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_prompt_shows_the_tags_and_keys_that_are_scored(task: str, thinking: bool) -> None:
     text = question_text(of(task), thinking)
     assert text.count("<answer>") == text.count("</answer>") == 1
     assert text.count("<think></think>") == int(thinking)
-    assert ("A. door\nB. window\n" in text) == (task != "tvg")
+    assert ("A. door\nB. window\n" in text) == (task in CHOICE_TASKS)
     content = text.partition("<answer>")[2].partition("</answer>")[0]
     target = target_text(of(task), thinking).partition("<answer>")[2].partition("</answer>")[0]
-    if task == "mcqa":
+    if task not in SPAN_TASKS:
         assert content == ""
     else:
         assert list(json.loads(content)) == list(json.loads(target))
@@ -85,6 +108,7 @@ def test_repeating_the_prompts_own_example_earns_nothing(task: str, thinking: bo
     example = text[text.index("<answer>") : text.index("</answer>") + len("</answer>")]
     answer = parse(f"<think></think>{example}" if thinking else example, task, thinking=thinking)
     assert not answer.format_ok and answer.choice == -1 and np.isnan(answer.start)
+    assert answer.text is None
 
 
 # --- target ---------------------------------------------------------------------------------------
@@ -98,11 +122,15 @@ def test_targets_in_full() -> None:
     assert target_text(reasoned, thinking=True) == f"<think>It opens.</think>{answer}"
     assert target_text(reasoned, thinking=False) == answer
     assert target_text(of("tvg"), thinking=True) == f"<think></think>{answer}"
+    assert target_text(of("number"), thinking=True) == "<think></think><answer>-3.50</answer>"
     assert target_text(of("gqa"), thinking=False) == f'<answer>{{"option": "B", {span}}}</answer>'
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-@pytest.mark.parametrize(("task", "most"), [("mcqa", 1.5), ("tvg", 2.5), ("gqa", 3.5)])
+@pytest.mark.parametrize(
+    ("task", "most"),
+    [("mcqa", 1.5), ("tvg", 2.5), ("gqa", 3.5), *((task, 1.0) for task in ANSWERS)],
+)
 def test_the_target_earns_the_largest_reward(task: str, most: float, thinking: bool) -> None:
     for spans in (((3.5, 7.0),), ((0.0, 0.1),), ((12.25, 130.75),), ((3.0, 5.0), (4.0, 7.0))):
         record = dataclasses.replace(of(task, spans), rationale="It opens.")
@@ -160,8 +188,10 @@ def test_of_several_spans_the_target_names_the_best_single_stretch() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    unknown = dataclasses.replace(RECORD, task="ocr")
-    with pytest.raises(PromptError, match="record 'a-0', task: expected one of mcqa, tvg, gqa"):
+    unknown = dataclasses.replace(RECORD, task="vqa")
+    with pytest.raises(
+        PromptError, match="record 'a-0', task: expected one of mcqa, tvg, gqa, number"
+    ):
         question_text(unknown, thinking=True)
     with pytest.raises(PromptError, match="record 'a-0', task"):
         target_text(unknown, thinking=True)
@@ -169,5 +199,7 @@ def test_mistakes_are_named() -> None:
         target_text(dataclasses.replace(RECORD, rationale="a</think>b"), thinking=True)
     with pytest.raises(PromptError, match="answer: expected an option's letter"):
         target_text(dataclasses.replace(RECORD, answer=None), thinking=False)
+    with pytest.raises(PromptError, match="answer: expected a text, found none"):
+        target_text(dataclasses.replace(of("ocr"), answer=None), thinking=False)
     with pytest.raises(PromptError, match="spans: expected at least one"):
         target_text(of("tvg", ()), thinking=False)

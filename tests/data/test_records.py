@@ -30,6 +30,10 @@ MCQA = {
     "answer": "B",
 }
 TVG = {"id": "b", "video": "b.mp4", "task": "tvg", "question": "A door opens", "spans": [[1, 2.5]]}
+NUMBER = {"id": "d", "video": "b.mp4", "task": "number", "question": "How many?", "answer": "-3.50"}
+REGRESSION = {**NUMBER, "id": "e", "task": "regression", "question": "How long?", "answer": "12"}
+OCR = {**NUMBER, "id": "f", "task": "ocr", "question": "What is written?", "answer": "Stop  now"}
+TEXT = {**NUMBER, "id": "g", "task": "text", "question": "What is opened?", "answer": "A door."}
 GQA = {**MCQA, "id": "c", "task": "gqa", "spans": [[0.5, 2.0], [3.0, 4.0]], "duration": 4.0}
 
 
@@ -45,7 +49,7 @@ def problem_of(tmp_path: Path, row: Any) -> str:
     return str(caught.value)
 
 
-def test_rows_of_the_three_tasks_become_records(tmp_path: Path) -> None:
+def test_rows_of_choices_and_spans_become_records(tmp_path: Path) -> None:
     mcqa, tvg, gqa = read_manifest(write_rows(tmp_path / "m.jsonl", MCQA, TVG, GQA), tmp_path)
     assert mcqa == Record(
         id="a",
@@ -60,6 +64,13 @@ def test_rows_of_the_three_tasks_become_records(tmp_path: Path) -> None:
     )
     assert tvg.spans == ((1.0, 2.5),) and tvg.options == () and tvg.answer is None
     assert gqa.spans == ((0.5, 2.0), (3.0, 4.0)) and gqa.duration == 4.0
+
+
+def test_rows_of_numbers_and_texts_become_records(tmp_path: Path) -> None:
+    rows = [NUMBER, REGRESSION, OCR, TEXT]
+    found = read_manifest(write_rows(tmp_path / "m.jsonl", *rows), tmp_path)
+    assert [(r.task, r.answer) for r in found] == [(row["task"], row["answer"]) for row in rows]
+    assert all(r.options == () and r.spans == () for r in found)
 
 
 def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_harmless(tmp_path: Path) -> None:
@@ -94,6 +105,18 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_harmless(tmp_pa
         (MCQA, {"answer": None}, ["'answer'", "found nothing"]),
         (MCQA, {"answer": ["B"]}, ["'answer'"]),
         (MCQA, {"spans": [[1, 2]]}, ["'spans'", "use task 'gqa'"]),
+        (MCQA, {"task": "number"}, ["'options'", "expected none for task 'number'", "'mcqa'"]),
+        (NUMBER, {"answer": 3}, ["'answer'", "decimal number as a text", "found 3"]),
+        (NUMBER, {"answer": "1e3"}, ["'answer'", "'1e3'", "exponent"]),
+        (NUMBER, {"answer": "1,234"}, ["'answer'", "thousands separator"]),
+        (NUMBER, {"answer": "9" * 16}, ["'answer'"]),
+        (NUMBER, {"spans": [[1, 2]]}, ["'spans'", "task 'number'", "use task 'tvg'"]),
+        (REGRESSION, {"answer": "٣"}, ["'answer'", "decimal number"]),
+        (REGRESSION, {"answer": None}, ["'answer'", "found nothing"]),
+        (OCR, {"answer": " "}, ["'answer'", "not empty"]),
+        (OCR, {"answer": "x" * 2001}, ["'answer'", "at most 2,000 characters, found 2,001"]),
+        (TEXT, {"answer": "a </answer>"}, ["'answer'", "without '</answer>'"]),
+        (TEXT, {"answer": "ドア"}, ["'answer'", "ROUGE", "task 'ocr'"]),
         (TVG, {"answer": "A"}, ["'answer'", "use task 'gqa'"]),
         (TVG, {"spans": []}, ["'spans'", "[start, end]"]),
         (TVG, {"spans": [1, 2]}, ["'spans', number 1", "[start, end]"]),

@@ -15,6 +15,7 @@ from data.sampling import OnePass, PlanError, StepPlan, permutation
 
 PERMUTATION = [3, 2, 4, 6, 5, 7, 1, 0]
 STEPS = [[9, 8, 6], [0, 2, 1], [4, 3, 1], [5, 7, 10], [11, 5, 6], [3, 0, 4]]
+WEIGHTED = [[9, 5, 8], [1, 0, 1], [6, 7, 10], [11, 5, 6], [3, 1, 0], [11, 5, 7]]
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
 
@@ -181,6 +182,136 @@ def test_a_plan_that_cannot_be_is_refused(
         StepPlan(buckets, prompts, seed)
     with pytest.raises(PlanError, match="step: expected at least 0"):
         StepPlan([[1]], 1, 0).step(-1)
+
+
+# Weights
+
+
+@st.composite
+def weighted(draw: st.DrawFn) -> tuple[list[range], list[float], int, int]:
+    """Buckets, the weights of their items, P and a seed."""
+    lengths = draw(sizes)
+    starts = np.cumsum([0, *lengths])
+    some = st.sampled_from([0.1, 0.5, 1.0, 1.0, 2.0, 3.3]) | st.floats(0.05, 8)
+    weights = draw(st.lists(some, min_size=sum(lengths), max_size=sum(lengths)))
+    buckets = [range(a, b) for a, b in pairwise(starts.tolist())]
+    return buckets, weights, draw(st.integers(1, 9)), draw(st.integers(0, 2**40))
+
+
+def epochs_of(plan: StepPlan, bucket: int, count: int) -> list[list[int]]:
+    """The draws of a bucket's first epochs."""
+    drawn: list[int] = []
+    step = 0
+    bounds = [plan._draws[bucket].before(epoch) for epoch in range(count + 1)]
+    while len(drawn) < bounds[-1]:
+        planned = plan.step(step)
+        drawn += planned.items if planned.bucket == bucket else []
+        step += 1
+    return [drawn[a:b] for a, b in pairwise(bounds)]
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=3).filter(any), st.floats(0.01, 100))
+def test_equal_weights_change_nothing(lengths: list[int], weight: float) -> None:
+    plain = plan_of(lengths, 4, seed=5)
+    same = {item: weight for bucket in plain.buckets for item in bucket}
+    equal = StepPlan(plain.buckets, 4, 5, weights=same)
+    assert [equal.step(step) for step in range(40)] == [plain.step(step) for step in range(40)]
+
+
+@given(weighted())
+def test_in_an_epoch_an_item_occurs_as_often_as_its_weight_rounded_down_or_up(
+    case: tuple[list[range], list[float], int, int],
+) -> None:
+    buckets, weights, prompts, seed = case
+    plan = StepPlan(buckets, prompts, seed, weights=weights)
+    scale = len(weights) / sum(weights)
+    for number, items in enumerate(buckets):
+        expected = sum(weights[item] * scale for item in items)
+        for epoch, drawn in enumerate(epochs_of(plan, number, 2 if items else 0)):
+            seen = Counter(drawn)
+            for item in items:
+                mean = weights[item] * scale
+                assert np.floor(mean - 1e-6) <= seen[item] <= np.ceil(mean + 1e-6)
+            assert abs(plan._draws[number].before(epoch) - epoch * expected) < 1 + 1e-6
+
+
+def test_over_many_epochs_each_item_is_drawn_in_proportion_to_its_weight() -> None:
+    # Six weights, some below 1 and some above, in two buckets: by bucket the draws of an item in
+    # 2,000 epochs have the mean 2,000 w and at most the variance of as many coins.
+    weights = [0.3, 0.3, 1.0, 2.0, 0.7, 1.7, 0.25, 3.5, 0.1, 0.15]
+    for seed in range(3):
+        plan = StepPlan([range(6), range(6, 10)], 2, seed, weights=weights)
+        counts = sum(
+            np.concatenate([draws.counts(epoch) for draws in plan._draws]) for epoch in range(2000)
+        )
+        mean = np.array(weights) * len(weights) / sum(weights)
+        part = mean - np.floor(mean)
+        spread = np.sqrt(2000 * part * (1 - part))
+        assert (np.abs(counts - 2000 * mean) < 4.5 * spread + 1).all()
+
+
+def test_the_steps_of_a_plan_have_those_frequencies() -> None:
+    weights = [1.0] * 20 + [3.0] * 20
+    plan = StepPlan([range(10), range(10, 40)], 4, 7, weights=weights)
+    seen = Counter(item for step in range(plan.first_step(200)) for item in plan.step(step).items)
+    for item, weight in enumerate(weights):
+        assert abs(seen[item] - 200 * weight / 2) < 4.5 * np.sqrt(200 / 4)
+
+
+@given(weighted())
+def test_no_step_holds_an_item_twice_where_there_is_room(
+    case: tuple[list[range], list[float], int, int],
+) -> None:
+    buckets, weights, prompts, seed = case
+    plan = StepPlan(buckets, prompts, seed, weights=weights)
+    scale = len(weights) / sum(weights)
+    for step in range(plan.first_step(3)):
+        bucket, items = plan.step(step)
+        assert set(items) <= set(buckets[bucket]) and len(items) == prompts
+        mean = np.array([weights[item] * scale for item in buckets[bucket]])
+        if mean.sum() >= 2 * prompts + 1 and np.ceil(mean.max()) <= mean.sum() // prompts - 2:
+            assert len(set(items)) == prompts
+
+
+def test_the_repetitions_of_an_item_lie_evenly_over_its_epoch() -> None:
+    plan = StepPlan([range(400)], 1, 3, weights=[40.0, *[1.0] * 399])
+    first = np.flatnonzero([plan.step(step).items == [0] for step in range(400)])
+    assert len(first) in (36, 37) and np.diff(first).max() < 25
+
+
+def test_a_weighted_step_does_not_depend_on_what_was_asked_before() -> None:
+    def make() -> StepPlan:
+        weights = {item: 1 + item % 3 for item in range(49)}
+        return StepPlan([range(30), range(30, 49)], 4, 3, weights=weights)
+
+    plan = make()
+    forward = [plan.step(step) for step in range(60)]
+    fresh = pickle.loads(pickle.dumps(make()))
+    assert [fresh.step(step) for step in reversed(range(60))] == forward[::-1]
+
+
+def test_a_weighted_plan_is_the_same_on_every_machine() -> None:
+    plan = StepPlan([range(5), range(5, 12)], 3, 11, weights=[1, 2.5, 1, 1, 0.3] + [2] * 7)
+    assert [plan.step(step).items for step in range(6)] == WEIGHTED
+
+
+def test_a_bucket_of_little_weight_has_rare_steps() -> None:
+    plan = StepPlan([range(50), range(50, 100)], 5, 0, weights=[0.01] * 50 + [1.0] * 50)
+    steps = [plan.step(step).bucket for step in range(plan.first_step(101))]
+    assert steps.count(0) == 20 and plan.epoch(len(steps)) == 101
+
+
+def test_a_large_weighted_bucket_is_planned_quickly() -> None:
+    weights = [1.0 + item % 3 for item in range(200_000)]
+    plan = StepPlan([range(200_000)], 16, 0, weights=weights)
+    steps = [plan.step(step).items for step in range(1000)]
+    assert all(len(set(items)) == 16 for items in steps)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf"), 1e-12])
+def test_an_item_that_would_never_be_drawn_is_refused(weight: float) -> None:
+    with pytest.raises(PlanError, match="weights: .*item 1"):
+        StepPlan([range(3)], 1, 0, weights=[1.0, weight, 1.0])
 
 
 # One pass for evaluation

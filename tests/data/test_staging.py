@@ -144,7 +144,7 @@ def test_a_disk_that_cannot_be_read_streams_with_a_warning(
     monkeypatch.setattr(Path, "read_bytes", broken)
     with caplog.at_level(logging.WARNING):
         assert stage.get("gs://b/a", OLD) is None
-    assert "streamed from gs://b/a: Input/output error" in caplog.text
+    assert "clips are streamed: Input/output error" in caplog.text
 
 
 # ---- processes ----

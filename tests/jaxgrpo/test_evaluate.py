@@ -22,6 +22,7 @@ from jaxgrpo.inputs import Inputs, prepare
 from jaxgrpo.load import open_processor
 from jaxgrpo.programs import score_program
 from jaxgrpo.rollout import Rollout
+from jaxgrpo.scoring import open_reward
 from jaxgrpo.sharding import make_mesh
 from models.qwen2_5_vl.processor import Prompt
 from tests.jaxgrpo import tiny_run
@@ -37,12 +38,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 
 def record(task: str, name: str = "a", answer: str | None = None, *spans: Any) -> Record:
-    options = () if task == "tvg" else ("red", "blue", "green")
+    options = ("red", "blue", "green") if task in ("mcqa", "gqa") else ()
     return Record(name, f"{name}.mp4", task, "What?", options, answer, tuple(spans), 9.0, None)
 
 
-def said(record: Record, format: float, choice: float, iou: float, tokens: int = 5) -> Prediction:
-    components = {"format": format, "choice": choice, "iou": iou}
+def said(
+    record: Record, format: float, choice: float, iou: float, tokens: int = 5, **other: float
+) -> Prediction:
+    components = {"format": format, "choice": choice, "iou": iou, **other}
     return Prediction(
         record, "text", np.nansum([0.5 * x for x in components.values()]), components, tokens
     )
@@ -51,7 +54,7 @@ def said(record: Record, format: float, choice: float, iou: float, tokens: int =
 # ---- the scores ----
 
 
-def test_the_scores_of_three_tasks_by_hand() -> None:
+def test_the_scores_of_every_task_by_hand() -> None:
     span = (1.0, 3.0)
     predictions = [
         said(record("mcqa", answer="A"), 1, 1, NAN, tokens=4),
@@ -63,6 +66,10 @@ def test_the_scores_of_three_tasks_by_hand() -> None:
         said(record("gqa", "b", "C", span), 1, 1, 0.4),  # right, but not there
         said(record("gqa", "c", "A", span), 0, 0, 0.9),  # there, but not right
     ]
+    others = [("number", 1.0), ("number", 0.0), ("regression", 0.9), ("ocr", 0.75), ("text", 0.25)]
+    predictions += [
+        said(record(task, answer="7"), 1, NAN, NAN, **{task: score}) for task, score in others
+    ]
     scores = summarise(predictions)
     assert scores["mcqa/accuracy"] == pytest.approx(1 / 3)
     assert scores["mcqa/accuracy_constant_letter"] == pytest.approx(2 / 3)
@@ -73,10 +80,13 @@ def test_the_scores_of_three_tasks_by_hand() -> None:
     assert scores["gqa/accuracy"] == scores["gqa/accuracy_constant_letter"] == pytest.approx(2 / 3)
     assert scores["gqa/mIoU"] == pytest.approx(0.6)
     assert scores["gqa/acc_at_iou0.5"] == pytest.approx(1 / 3)
-    assert scores["format"] == pytest.approx(6 / 8)
-    assert scores["completion/length"] == pytest.approx(39 / 8)
+    assert scores["format"] == pytest.approx(11 / 13)
+    assert scores["completion/length"] == pytest.approx(64 / 13)
     totals = [1.0, 0.5, 0.0, 0.75, 0.65, 1.25, 1.2, 0.45]
-    assert scores["reward/total"] == pytest.approx(sum(totals) / 8)
+    totals += [0.5 + score / 2 for _, score in others]
+    assert scores["reward/total"] == pytest.approx(sum(totals) / 13)
+    assert (scores["number/accuracy"], scores["regression/score"]) == (0.5, 0.9)
+    assert (scores["ocr/score"], scores["text/rouge"]) == (0.75, 0.25)
     assert set(get_args(Score)) <= scores.keys()  # what checkpoint.best may name
 
 
@@ -169,8 +179,9 @@ def parrot(config: Any, mesh: Any, inputs: Inputs) -> EvalPrograms:
         logp, finished = jnp.zeros(tokens.shape), jnp.ones(tokens.shape[:2], bool)
         return Rollout(tokens, lengths, logp, finished), None
 
-    score = score_program(mesh, config.reward, divide_by_std=False)
-    return EvalPrograms(dict.fromkeys(range(len(inputs.evaluation.offers)), rollout), score)
+    reward = open_reward(config)
+    score = score_program(mesh, reward, divide_by_std=False)
+    return EvalPrograms(dict.fromkeys(range(len(inputs.evaluation.offers)), rollout), reward, score)
 
 
 def test_a_bucket_whose_only_item_is_bad_is_not_scored(place: Workplace, tmp_path: Path) -> None:
@@ -219,6 +230,24 @@ def test_a_run_directory_scores_what_its_training_said_last(
     assert len(kept) == last["items"] == len({line["id"] for line in kept})
     assert f"wrote {tmp_path / 'eval.json'}" in finished.out
     assert f"{last['tvg/mIoU']:.3f}" in finished.out
+
+
+def test_a_users_own_reward_that_breaks_on_real_items_ends_the_command(
+    place: Workplace, tmp_path: Path
+) -> None:
+    """It is well behaved on the samples of the start, whose videos have 10 seconds."""
+    code = "import jax.numpy as jnp\ndef own(answers, truth):\n"
+    code += "    short = (truth.duration < 10)[:, None]\n"
+    code += "    return jnp.where(short, jnp.nan, 0.5) * jnp.ones(answers.choice.shape)\n"
+    (tmp_path / "breaks_later.py").write_text(code)
+    own = {"function": "breaks_later:own", "kind": "jitted", "folder": tmp_path}
+    overrides = [f"model.path={tiny_run.random_model(place)}", "model.init=checkpoint"]
+    overrides += [f"reward.custom.{key}={value}" for key, value in own.items()]
+    finished = tiny_run.run(place, "eval", tmp_path / "out", *overrides, code=2)
+    assert "error: reward.custom.function breaks_later:own (kind jitted) returned nan in " in (
+        finished.out
+    )
+    assert not (tmp_path / "out").exists()
 
 
 # ---- for readers ----

@@ -110,3 +110,36 @@ def test_nobody_is_asked_where_each_process_has_rows_of_its_own(
 
     monkeypatch.setattr(feed, "gather_objects", refuse)
     assert [batch.items for batch in batches_of(set())] == [PLAN.step(i).items for i in range(3)]
+
+
+def test_a_decoder_that_hung_once_is_not_tried_again() -> None:
+    """Not in this start, and not in a later one, which is told."""
+    tried: list[int] = []
+    hung = PLAN.step(0).items[2]
+
+    def load(item: int) -> int:
+        tried.append(item)
+        if item == hung:
+            raise VideoError("timeout", f"v{item}.mp4: no progress")
+        return item
+
+    def read(steps: int, **how: Any) -> list[Batch]:
+        mesh, data = make_mesh(MeshSection()), DataSection(train="t", threads=1)
+        first = 12 - steps
+        with Feed(
+            mesh, PLAN, load, len_of, RECORDS, data, start_step=first, num_steps=steps, **how
+        ) as reader:
+            return list(reader)
+
+    whole = read(12)
+    assert tried.count(hung) == 1
+    failures = [failure for batch in whole for failure in batch.failures]
+    assert len(failures) > 2 and {failure.item for failure in failures} == {hung}
+    tried.clear()
+    rest = read(8, given_up={hung: ("timeout", f"v{hung}.mp4: no progress")})
+    assert hung not in tried
+    assert [batch[:4] for batch in rest] == [batch[:4] for batch in whole[4:]]
+
+
+def len_of(items: list[int], bucket: int) -> int:
+    return len(items)

@@ -35,7 +35,7 @@ from jaxgrpo.inputs import (
 )
 from jaxgrpo.load import open_processor
 from models.qwen2_5_vl.processor import Processor, Video
-from models.qwen2_5_vl.sizes import Size
+from models.qwen2_5_vl.resize import pillow
 from tests.data import clips
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import Workplace
@@ -161,44 +161,6 @@ def test_training_is_sized_without_evaluation(
     assert (inputs.train.max_spans, inputs.evaluation.max_spans) == (1, 2)
 
 
-def test_the_plan_of_a_dataset_notices_whatever_changes_its_steps(inputs: Inputs) -> None:
-    train, plan = inputs.train, inputs.train.plan
-    assert json.loads(json.dumps(plan)) == plan  # as a checkpoint gives it back
-    first, *rest = train.records
-    for records in (
-        (dataclasses.replace(first, question="What now?"), *rest),
-        (dataclasses.replace(first, video="other.mp4"), *rest),
-        (*rest, first),
-    ):
-        assert train._replace(records=records).plan["items"] != plan["items"]
-    sizes = (train.sizes[0]._replace(frames=99), *train.sizes[1:])
-    assert train._replace(sizes=sizes).plan["items"] != plan["items"]
-    assert train._replace(offers=train.offers[:-1]).plan != plan
-    assert train._replace(max_spans=7).plan != plan
-
-
-def test_a_spare_of_a_bucket_is_an_item_of_another_that_it_holds(inputs: Inputs) -> None:
-    train = inputs.train
-    assert any(train.spares)
-    for number, spares in enumerate(train.spares):
-        others = set(range(len(train.records))) - set(train.buckets[number])
-        assert set(spares) == {i for i in others if train.sizes[i].fits(train.offers[number])}
-
-
-def test_a_spare_whose_frames_do_not_fit_the_rows_is_none(inputs: Inputs) -> None:
-    own = Size(tokens=200, patches=480, windows=20, frames=3, frame_patches=160)
-    narrow = Size(tokens=90, patches=400, windows=20, frames=10, frame_patches=40)  # 4 in a row
-    long = Size(tokens=90, patches=440, windows=20, frames=11, frame_patches=40)
-    longer = Size(tokens=90, patches=520, windows=20, frames=13, frame_patches=40)
-    wide = Size(tokens=90, patches=161, windows=20, frames=1, frame_patches=161)
-    half = Size(tokens=90, patches=324, windows=20, frames=4, frame_patches=81)  # 1 in a row
-    sizes = (own, narrow, long, longer, wide, half)
-    dataset = inputs.train._replace(
-        sizes=sizes, buckets=((1, 2, 3, 4, 5), (0,)), offers=(long._replace(tokens=100), own)
-    )
-    assert dataset.spares[1] == [1, 2]
-
-
 def test_a_measured_prompt_is_what_is_loaded(config: Config, inputs: Inputs) -> None:
     load = PromptLoader(inputs.processor, inputs.train.records, config.data, inputs.train.clips)
     whole = [i for i, r in enumerate(inputs.train.records) if r.id != "cut"][:4]
@@ -217,7 +179,9 @@ def test_a_bad_video_is_left_out_and_named(config: Config, inputs: Inputs) -> No
     text = describe(inputs)
     assert "train: 13 items (4 gqa, 4 mcqa, 5 tvg)" in text
     assert "1 items left out, their videos cannot be read" in text
-    assert f"  notes: {config.data.root}/{tiny_run.NOTES}: OpenCV finds no video" in text
+    assert (
+        f"  notes: unreadable: {config.data.root}/{tiny_run.NOTES}: OpenCV finds no video" in text
+    )
 
 
 def test_a_video_of_an_impossible_shape_is_left_out_and_named(
@@ -238,7 +202,7 @@ def test_a_video_of_an_impossible_shape_is_left_out_and_named(
     inputs = prepare(config, processor, train=False, evaluation=True)
     assert [record.id for record in inputs.evaluation.records] == [r.id for r in records]
     reason = inputs.excluded["data.eval/odd"]
-    assert reason.startswith(f"odd: {strip}: ") and "aspect ratio above 200" in reason
+    assert reason.startswith(f"odd: shape: {strip}: ") and "aspect ratio above 200" in reason
 
 
 def test_a_question_that_spells_a_placeholder_is_named(
@@ -369,7 +333,7 @@ def test_from_file_to_prompt_it_is_what_pyav_qwen_vl_utils_and_transformers_make
     data = DataSection(train="unread.jsonl", root=str(tmp_path), fps=3.0, min_pixels=20 * 784)
     span = ((0.5, 1.0),)
     record = Record("a", "a.mp4", "tvg", "When does it open?", (), None, span, 4.0, clip)
-    processor = Processor.load(model, pixel_limits(data))
+    processor = Processor.load(model, pixel_limits(data), pillow)  # as transformers, below
     prompt = PromptLoader(processor, (record,), data, FolderClips(data.root))(0)
 
     pixels, _ = clips.decode_all(path)

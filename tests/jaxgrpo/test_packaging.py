@@ -19,6 +19,7 @@ IMPORTED_AS = {
     "orbax-checkpoint": "orbax",
     "pillow": "PIL",
     "pyyaml": "yaml",
+    "rouge-score": "rouge_score",
     "tensorflow-datasets": "tensorflow_datasets",
 }
 
@@ -51,8 +52,8 @@ def test_the_version_is_written_once() -> None:
 
 
 def test_the_code_imports_only_what_the_core_install_brings() -> None:
-    # numpy and jax bring ml_dtypes; transformers brings the hub client and tokenizers.
-    brought = core_imports() | {"ml_dtypes", "huggingface_hub", "tokenizers", "absl"}
+    # numpy and jax bring ml_dtypes; transformers the hub client and tokenizers; rouge-score nltk.
+    brought = core_imports() | {"ml_dtypes", "huggingface_hub", "tokenizers", "absl", "nltk"}
     brought |= set(names(PROJECT["project"]["optional-dependencies"]["wandb"]))  # where it is set
     allowed = brought | set(PACKAGES) | set(sys.stdlib_module_names)
     foreign = {

@@ -319,12 +319,18 @@ def test_four_processes_lose_one_and_two_go_on_with_their_run(
 
 
 def test_two_processes_evaluate_as_one(place: Workplace, reference: Path) -> None:
+    """A user's own reward among them, which weighs nothing here and is written down."""
     out = place.folder / "eval_two"
+    (place.folder / "own_reward.py").write_text("def f(said): return [x.tokens / 99 for x in said]")
     arguments = [*tiny_run.mixed(place), f"model.path={reference}", "model.init=checkpoint"]
+    own = {"function": "own_reward:f", "kind": "host", "weight": 0, "folder": place.folder}
+    arguments += [f"reward.custom.{key}={value}" for key, value in own.items()]
     finished = tiny_run.run_processes(place, 2, out, *arguments, command="eval")
     expected = tiny_run.lines(reference, "eval")[-1]
     scores = json.loads((out / "eval.json").read_text())
     assert scores == pytest.approx({name: expected[name] for name in scores}, abs=CLOSE)
     assert (scores["items"], scores["items_failed"]) == (9, 1)
-    assert len((out / "predictions.jsonl").read_text().splitlines()) == 9
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 9
+    assert all(x["reward/custom"] == pytest.approx(x["tokens"] / 99) for x in lines)
     assert "wrote" in finished[0].out and "wrote" not in finished[1].out

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from data.records import TASKS
 from jaxgrpo.config import (
     Config,
     DataSection,
@@ -17,7 +18,6 @@ from jaxgrpo.config import (
     MeshSection,
     ModelSection,
     OptimSection,
-    RewardSection,
     RolloutSection,
 )
 from jaxgrpo.metrics import CompileCounter
@@ -45,8 +45,10 @@ from jaxgrpo.sharding import (
 )
 from jaxgrpo.update import TrainState, UpdateBatch, make_optimizer, split_frozen
 from models.qwen2_5_vl.processor import Prompt, collate
+from rewards.answers import Answers
 from rewards.dual import Truth
-from rewards.parse import Answers
+from rewards.reward import Reward
+from rewards.weights import RewardWeights
 from tests.jaxgrpo.cases import (
     LAYOUTS,
     PAD,
@@ -307,18 +309,26 @@ def test_the_sampler_gets_the_weights_in_the_compute_dtype(run: Run) -> None:
 
 def test_scores_become_rewards_and_advantages(run: Run) -> None:
     """A choice question of which one answer is right, and a span question all answer alike."""
+    nothing = np.full((P, G), np.nan, np.float32)
     answers = Answers(
         format_ok=np.ones((P, G), bool),
         choice=np.array([[0, 1, 2], [-1, -1, -1]], np.int32),
         span=np.array([[[np.nan] * 2] * G, [[2.0, 6.0]] * G], np.float32),
+        number=nothing,
+        match=np.zeros((P, G), np.float32),
+        length=np.ones((P, G), np.int32),
+        custom=np.zeros((P, G), np.float32),
     )
     truth = Truth(
         choice=np.array([1, -1], np.int32),
         spans=np.array([[[np.nan] * 2], [[0.0, 4.0]]], np.float32),
-        has_choice=np.array([True, False]),
-        has_span=np.array([False, True]),
+        task=np.array([TASKS.index("mcqa"), TASKS.index("tvg")], np.int32),
+        number=nothing[:, 0],
+        duration=nothing[:, 0],
     )
-    program = score_program(run.mesh, RewardSection(0.5, 1.0, 2.0), divide_by_std=True)
+    program = score_program(
+        run.mesh, Reward(RewardWeights(0.5, 1.0, 2.0), thinking=True), divide_by_std=True
+    )
     compiled = program.lower(answer_shapes(run.mesh, P, G), truth_shapes(run.mesh, P, 1)).compile()
     scores = compiled(*put_prompts(run.mesh, (answers, truth)))
     np.testing.assert_allclose(scores.total, [[0.5, 1.5, 0.5], [0.5 + 2.0 / 3] * 3], rtol=1e-6)

@@ -47,7 +47,7 @@ def test_a_run_remembers_its_state_and_its_bad_videos(place: Workplace, tmp_path
     config = config_of(place, tmp_path / "run")
     records = read_manifest(place.clips / "mixed.jsonl", place.clips)
     with RunDir(config, "train") as run:
-        run.keep_to({}, [], {"notes": "notes: not a video"})
+        run.keep_to({}, [], {"data.train/notes": "notes: unreadable: not a video"})
         failures = [Failure(5, "truncated", "cut.mp4: ends early")]
         assert run.note_failures(failures, records) == [
             "replaced cut: truncated: cut.mp4: ends early"
@@ -56,11 +56,36 @@ def test_a_run_remembers_its_state_and_its_bad_videos(place: Workplace, tmp_path
         run.save(2, state(2.0))
     with RunDir(config, "train") as run:
         assert run.first_step == 2
-        assert run.excluded == {"notes": "notes: not a video"}
+        assert run.excluded == {"data.train/notes": "notes: unreadable: not a video"}
         assert run.failures == {"cut": "truncated: cut.mp4: ends early"}
         assert run.note_failures(failures, records) == []
         found = run.restore(abstract(state(0.0)))
         np.testing.assert_array_equal(found.params["w"], [2.0, 2.0, 2.0])
+
+
+def test_a_run_lists_its_bad_videos_by_kind(place: Workplace, tmp_path: Path) -> None:
+    records = read_manifest(place.clips / "mixed.jsonl", place.clips)
+    with RunDir(config_of(place, tmp_path / "run"), "train") as run:
+        assert run.bad_videos() == ""
+        run.keep_to(
+            {}, [], {f"data.train/{x}": f"{x}: unreadable: {x}.mp4: no" for x in ("b", "a:b")}
+        )
+        run.note_failures([Failure(5, "truncated", "cut.mp4: ends early")], records)
+        assert run.bad_videos() == (
+            "3 items had videos that could not be used:\n  truncated: cut\n  unreadable: a:b, b"
+        )
+
+
+def test_hung_decoders_are_remembered_as_items(place: Workplace, tmp_path: Path) -> None:
+    config = config_of(place, tmp_path / "run")
+    records = read_manifest(place.clips / "mixed.jsonl", place.clips)
+    with RunDir(config, "train") as run:
+        hung = Failure(2, "timeout", "a.mp4: no progress within 1 s")
+        run.note_failures([hung, Failure(5, "truncated", "cut.mp4: ends early")], records)
+        run.save(2, state(2.0))
+    with RunDir(config, "train") as run:
+        assert run.given_up(records) == {2: ("timeout", "a.mp4: no progress within 1 s")}
+        assert run.given_up(records[3:]) == {}
 
 
 def test_lines_after_the_checkpoint_are_cut(place: Workplace, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from jaxgrpo.programs import (
     update_program,
 )
 from jaxgrpo.rollout import Rollout, Sampling
+from jaxgrpo.scoring import open_reward
 from jaxgrpo.sharding import (
     PROMPTS,
     SAMPLER_RULES,
@@ -290,7 +291,7 @@ def test_what_the_host_reads_is_whole_on_every_device(small: SmallModel) -> None
     rollout, _ = program.lower(sampler, prompt, scalar, scalar).out_info
     whole = {name for name, x in rollout._asdict().items() if x.sharding.is_fully_replicated}
     assert whole == {"tokens", "lengths", "finished"}
-    scores = score_program(mesh, CONFIG.reward, divide_by_std=True).lower(
+    scores = score_program(mesh, open_reward(CONFIG), divide_by_std=True).lower(
         answer_shapes(mesh, PROMPT_COUNT, GROUP), truth_shapes(mesh, PROMPT_COUNT, 1)
     )
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(scores.out_info))

@@ -6,6 +6,8 @@ The runs are real processes on one CPU device (see `tiny_run`); some are shared 
 from __future__ import annotations
 
 import collections
+import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from data.records import read_manifest
+from data.records import read_manifest, write_manifest
 from jaxgrpo import cli
 from jaxgrpo.config import MeshSection
 from jaxgrpo.load import load_params, restore_params
@@ -23,6 +25,7 @@ from jaxgrpo.programs import Scores
 from jaxgrpo.sharding import make_mesh, param_shardings
 from jaxgrpo.train import step_metrics
 from models.qwen2_5_vl.config import ModelConfig
+from tests.data import broken
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import STEPS, Workplace
 
@@ -83,8 +86,11 @@ def test_the_times_of_a_step_add_up(reference: Path) -> None:
 def test_completions_are_kept_with_their_rewards(reference: Path) -> None:
     kept = [json.loads(x) for x in (reference / "completions.jsonl").read_text().splitlines()]
     train = [line for line in kept if line["split"] == "train"]
-    assert [line["step"] for line in train] == [s for s in range(1, STEPS + 1) for _ in range(2)]
+    place = [(line["step"], line["row"], line["sample"]) for line in train]
+    assert place == list(itertools.product(range(1, STEPS + 1), range(4), range(2)))  # P, G
     assert {"id", "question", "truth", "completion", "reward/total"} <= train[0].keys()
+    for line in kept:  # what is needed to score it again
+        assert line["tokens"] > 0 and line["record"]["task"] in ("mcqa", "tvg", "gqa")
     assert any("<answer>" in line["completion"] for line in kept)
 
 
@@ -102,7 +108,7 @@ def test_a_run_says_what_it_wrote_and_what_comes_next(reference: Path) -> None:
 
 def test_bad_videos_are_named_counted_and_replaced(reference: Path) -> None:
     printed = (reference / "printed.txt").read_text()
-    assert "1 items left out" in printed and f"notes: {reference.parent}" in printed
+    assert "1 items left out" in printed and f"notes: unreadable: {reference.parent}" in printed
     assert f"{tiny_run.NOTES}: OpenCV finds no video stream in it" in printed
     assert "replaced cut: truncated" in printed and tiny_run.CUT in printed
     failed = [line["data/failed_videos"] for line in tiny_run.lines(reference, "train")]
@@ -164,6 +170,55 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
     assert "notes: " in last.out
     row = next(x for x in last.out.splitlines() if x.startswith("tvg/mIoU "))
     assert row.split()[1] == f"{tiny_run.lines(reference, 'eval')[0]['tvg/mIoU']:.3f}"
+
+
+def test_a_third_of_broken_videos_is_replaced_alike_by_a_resumed_run(place: Workplace) -> None:
+    """Among them one whose decoder hangs, until the run is killed; it is not tried again.
+
+    One run decodes each video once and keeps its frames; the other decodes whenever it draws it.
+    """
+    clips = place.folder / "broken_clips"
+    shutil.copytree(place.clips, clips)
+    good = read_manifest(clips / "train.jsonl", clips)
+    records = list(good)
+    for number, name in enumerate(BROKEN):
+        case = broken.CASES[name]
+        video = f"broken{number}.{case.suffix}"
+        case.make(clips / video)
+        like = good[number % len(good)]
+        records.append(dataclasses.replace(like, id=name, video=video, duration=case.seconds))
+    shutil.copy(clips / good[0].video, clips / "hangs.mp4")
+    records[0] = dataclasses.replace(good[0], id="hangs", video="hangs.mp4")
+    write_manifest(clips / "broken.jsonl", records)
+    assert (len(BROKEN) + 1) / len(records) > 0.3
+    overrides = [
+        *tiny_run.started(place),
+        *(f"data.root={clips}", f"data.train={clips / 'broken.jsonl'}"),
+        *("train.steps=8", "eval.every=0", "eval.limit=2", "data.timeout=5"),
+    ]
+    whole, killed = place.folder / "broken", place.folder / "broken_killed"
+    store = f"data.frame_store={place.folder / 'frames'}"
+    finished = tiny_run.run(place, "train", whole, *overrides, store, hangs="hangs.mp4")
+    tiny_run.run(place, "train", killed, *overrides, hangs="hangs.mp4", kill="update:5")
+    resumed = tiny_run.run(place, "train", killed, *overrides)
+
+    assert_equals_reference(killed, whole)
+    for printed in (finished.out, resumed.out):
+        summary = printed[printed.index("items had videos that could not be used:") :]
+        for name, kind in [*((name, broken.CASES[name].outcome) for name in BROKEN), HUNG]:
+            [line] = [x for x in summary.splitlines() if x.startswith(f"  {kind}: ")]
+            assert name in line
+    last = tiny_run.lines(whole, "train")[-1]
+    assert last["data/failed_videos"] == 5
+    drawn = last["data/frame_store_hits"] + last["data/frame_store_misses"]
+    assert drawn >= 8 * 4 and last["data/frame_store_hits"] > 8
+
+
+HUNG = ("hangs", "timeout")
+BROKEN = (
+    *("cut, index in front", "a lying count", "a hole of zeros", "times that stand still"),
+    *("text", "a PNG", "zero bytes"),
+)
 
 
 def test_a_preempted_run_saves_its_step_and_goes_on(place: Workplace, reference: Path) -> None:

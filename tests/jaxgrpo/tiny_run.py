@@ -65,7 +65,7 @@ CONFIG: dict[str, Any] = {
     "sft": {"steps": 16, "batch": 6},
     "eval": {"every": 3, "batch": 4},
     "checkpoint": {"every": 2, "keep": 2},
-    "log": {"tensorboard": False, "samples": 2},
+    "log": {"tensorboard": False, "samples": -1},
 }
 
 
@@ -262,6 +262,7 @@ def run(
     kill: str = "",
     term: str = "",
     counts: Path | None = None,
+    hangs: str = "",
     code: int | None = None,
 ) -> Finished:
     """Runs `jaxgrpo COMMAND tiny.yaml run_dir=...` in a process of its own to its end.
@@ -271,14 +272,16 @@ def run(
       term: a point to get SIGTERM at.
       counts: where to write how often each program was compiled or read from the cache, and the
         number of those read, as [{program: times}, read].
+      hangs: the name of a video whose decoder hangs.
       code: the exit code expected; by default that of success, of SIGKILL, or of preemption.
     """
     config = [str(place.config), f"run_dir={run_dir}", remembering(place)]
     arguments = [command, *config, *overrides]
     module = "jaxgrpo.cli"
-    if kill or term or counts:
+    if kill or term or counts or hangs:
         module = "tests.jaxgrpo.tiny_run"
-        arguments = [f"--kill={kill}", f"--term={term}", f"--counts={counts or ''}", *arguments]
+        options = [f"--kill={kill}", f"--term={term}", f"--counts={counts or ''}"]
+        arguments = [*options, f"--hang={hangs}", *arguments]
     finished = wait(start(*arguments, devices=devices, module=module))
     usual = -signal.SIGKILL if kill else PREEMPTED if term else 0
     assert finished.code == (usual if code is None else code), finished.out
@@ -353,8 +356,9 @@ def lines(run_dir: Path, split: str | None = None) -> list[dict[str, Any]]:
 
 
 def without_times(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines without what a clock measured, and what a process compiled since its start."""
-    timed = ("time/", "throughput/", "compilations")
+    """The lines without what a clock measured, and what a process compiled, or found in the frame
+    store, since its start."""
+    timed = ("time/", "throughput/", "compilations", "data/frame_store")
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in found]
 
 
@@ -469,6 +473,20 @@ def see_whole() -> None:
     inputs.decode = seeing_decode
 
 
+def hang(name: str) -> None:
+    """Makes the decoder hang, whenever it opens the file of this name."""
+    from data import video
+
+    open_video = video.open_video
+
+    def hanging_open_video(file: Any) -> Any:
+        if Path(str(file)).name == name:
+            time.sleep(_PATIENCE)
+        return open_video(file)
+
+    video.open_video = hanging_open_video
+
+
 def main() -> int:
     """See the top of the module."""
     parser = argparse.ArgumentParser()
@@ -478,6 +496,7 @@ def main() -> int:
     parser.add_argument("--late", type=float, default=0.0)
     parser.add_argument("--torus", action="store_true")
     parser.add_argument("--sees-whole", action="store_true")
+    parser.add_argument("--hang", default="")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     import jax
@@ -496,6 +515,8 @@ def main() -> int:
         lie_on_a_torus()
     if options.sees_whole:
         see_whole()
+    if options.hang:
+        hang(options.hang)
     events = collections.Counter[str]()
     jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
     with CompileCounter() as counter:

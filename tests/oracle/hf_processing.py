@@ -335,6 +335,8 @@ def frame_indices(
     """int[T]: the frames of a file that qwen_vl_utils takes, as its readers call its functions."""
     module = qwen_vl_utils()
     element = dataclasses.asdict(sampling)
+    uniform = element.pop("frames")
+    element = element if uniform is None else {"nframes": uniform}
     if clip is not None:
         element |= {"video_start": clip[0], "video_end": clip[1]}
     start, end, total = module.calculate_video_frame_range(element, frames, fps)

@@ -14,13 +14,25 @@ import numpy as np
 import pytest
 
 from data.records import TASKS, Record
+from rewards.answers import Answers, read_answers
 from rewards.dual import Truth, dual_reward, truth_arrays
-from rewards.parse import RewardError, parse_batch
+from rewards.parse import RewardError
 from rewards.weights import RewardWeights
 
 NAN = np.nan
 OPTIONS = ("red", "green", "blue", "white")
-WEIGHTS = RewardWeights(format=0.5, choice=1.0, iou=2.0)
+WEIGHTS = RewardWeights(
+    format=0.5, choice=1.0, iou=2.0, number=3.0, regression=4.0, ocr=5.0, text=6.0
+)
+ANSWERS = {
+    "mcqa": "B",
+    "gqa": "B",
+    "number": "-3.50",
+    "regression": "10",
+    "ocr": "Stop at the sign",
+    "text": "She opens the door.",
+}
+VIDEO = ["mcqa", "tvg", "gqa"]  # the paper's tasks
 
 
 def record(task: str, /, **fields: Any) -> Record:
@@ -30,9 +42,9 @@ def record(task: str, /, **fields: Any) -> Record:
             video="a.mp4",
             task=task,
             question="Which?",
-            options=() if task == "tvg" else OPTIONS,
-            answer=None if task == "tvg" else "B",
-            spans=() if task == "mcqa" else ((2.0, 4.0), (6.0, 10.0)),
+            options=OPTIONS if task in ("mcqa", "gqa") else (),
+            answer=ANSWERS.get(task),
+            spans=((2.0, 4.0), (6.0, 10.0)) if task in ("tvg", "gqa") else (),
             duration=30.0,
             clip=None,
         ),
@@ -40,11 +52,16 @@ def record(task: str, /, **fields: Any) -> Record:
     )
 
 
+def read(texts: list[list[str]], tasks: list[str], thinking: bool = False) -> Answers:
+    lengths = np.ones((len(texts), len(texts[0])))
+    return read_answers(texts, [record(task) for task in tasks], lengths, thinking=thinking)
+
+
 def score(
     texts: list[list[str]], tasks: list[str], weights: RewardWeights = WEIGHTS
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     truth = truth_arrays([record(task) for task in tasks], max_spans=3)
-    total, parts = dual_reward(parse_batch(texts, tasks, thinking=False), truth, weights)
+    total, parts = dual_reward(read(texts, tasks), truth, weights)
     return np.asarray(total), {name: np.asarray(part) for name, part in parts.items()}
 
 
@@ -59,12 +76,34 @@ def test_each_task_earns_the_weighted_sum_of_the_components_it_has() -> None:
             "",
         ],
     ]
-    total, parts = score(texts, list(TASKS))
+    total, parts = score(texts, VIDEO)
     np.testing.assert_array_equal(parts["format"], [[1, 0, 1], [1, 0, 0], [1, 1, 0]])
     np.testing.assert_array_equal(parts["choice"], [[1, 1, 0], [NAN, NAN, NAN], [1, 0, 0]])
     np.testing.assert_allclose(parts["iou"], [[NAN] * 3, [0.25, 0.25, 0], [0.25, 0.25, 0]])
     np.testing.assert_allclose(total, [[1.5, 1, 0.5], [1, 0.5, 0], [2, 1, 0]])
     assert total.dtype == np.float32
+
+
+def test_numbers_and_texts_earn_their_format_and_how_near_they_are() -> None:
+    said = {
+        "number": ["-3.501", "3.50", "about 3"],
+        "regression": ["9", "-10", "ten"],
+        "ocr": ["stop at the sign", "at the", ""],
+        "text": ["She opens the door", "he opens a door", ""],
+    }
+    texts = [[f"<answer>{answer}</answer>" for answer in answers] for answers in said.values()]
+    total, parts = score(texts, list(said))
+    nan = [NAN] * 3
+    np.testing.assert_array_equal(parts["format"], [[1, 1, 0]] * 4)
+    np.testing.assert_array_equal(parts["number"], [[1, 0, 0], nan, nan, nan])
+    np.testing.assert_allclose(parts["regression"], [nan, [0.9, 0, 0], nan, nan])
+    np.testing.assert_allclose(parts["ocr"], [nan, nan, [0.75, 0.5, 0], nan])
+    # "he opens a door": 2 of 4 words, no pair, a common subsequence of 2
+    np.testing.assert_allclose(parts["text"], [nan, nan, nan, [1, 1 / 3, 0]], rtol=1e-6)
+    assert np.isnan([parts["choice"], parts["iou"]]).all()
+    best = [3, 4 * 0.9, 5 * 0.75, 6]
+    np.testing.assert_allclose(total[:, 0], 0.5 + np.array(best), rtol=1e-6)
+    np.testing.assert_array_equal(total[:, 2], [0] * 4)
 
 
 def test_nanmean_averages_a_component_over_the_tasks_that_have_it() -> None:
@@ -101,14 +140,14 @@ def test_a_letter_beyond_the_options_is_not_right() -> None:
 def test_a_component_that_the_task_lacks_adds_nothing_even_if_its_truth_is_there() -> None:
     text = '<answer>{"option": "B", "start_time": "2", "end_time": "4"}</answer>'
     truth = truth_arrays([record("gqa")], max_spans=2)
-    truth = truth._replace(has_choice=np.array([False]), has_span=np.array([False]))
-    total, _ = dual_reward(parse_batch([[text]], ["gqa"], thinking=False), truth, WEIGHTS)
+    truth = truth._replace(task=np.array([TASKS.index("regression")]))
+    total, _ = dual_reward(read([[text]], ["gqa"]), truth, WEIGHTS)
     assert total == WEIGHTS.format
 
 
 def test_jit_gives_the_same_rewards() -> None:
     texts = [["<answer>B</answer>", "x"], ['<answer>{"start_time":2,"end_time":9}</answer>', "x"]]
-    answers = parse_batch(texts, ["mcqa", "tvg"], thinking=False)
+    answers = read(texts, ["mcqa", "tvg"])
     truth = truth_arrays([record("mcqa"), record("tvg")], max_spans=2)
     plain = dual_reward(answers, truth, WEIGHTS)
     jitted = jax.jit(dual_reward, static_argnames="weights")(answers, truth, weights=WEIGHTS)
@@ -126,17 +165,26 @@ def test_truth_keeps_what_the_task_scores_and_pads_the_rest() -> None:
     ]
     truth = truth_arrays(records, max_spans=3)
     np.testing.assert_array_equal(truth.choice, [1, -1, 3])
-    np.testing.assert_array_equal(truth.has_choice, [True, False, True])
-    np.testing.assert_array_equal(truth.has_span, [False, True, True])
+    np.testing.assert_array_equal(truth.task, [0, 1, 2])
+    assert np.isnan(truth.number).all()
     padded = [[2, 4], [6, 10], [NAN, NAN]]
     np.testing.assert_array_equal(truth.spans, np.float32([np.full((3, 2), NAN), padded, padded]))
-    assert [a.dtype for a in truth] == [np.int32, np.float32, bool, bool]
+    assert [a.dtype for a in truth] == [np.int32, np.int32, *[np.float32] * 3]
+
+
+def test_the_truth_of_numbers_and_texts() -> None:
+    truth = truth_arrays([record(task) for task in TASKS[3:]], max_spans=1)
+    np.testing.assert_array_equal(truth.number, np.float32([-3.5, 10, NAN, NAN]))
+    np.testing.assert_array_equal(truth.choice, [-1] * 4)
+    assert np.isnan(truth.spans).all()
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (record("mcqa", task="ocr"), "task: expected one of mcqa, tvg, gqa, found 'ocr'"),
+        (record("mcqa", task="vqa"), "task: expected one of mcqa, tvg, .*, found 'vqa'"),
+        (record("number", answer="1e3"), "expected a decimal number, found '1e3'"),
+        (record("regression", answer=None), "expected a decimal number, found None"),
         (record("mcqa", answer="E"), "one of its 4 options, found 'E'"),
         (record("gqa", answer=None), "one of its 4 options, found None"),
         (record("tvg", spans=()), r"expected 1 to 2 \(max_spans\), found 0"),
@@ -154,9 +202,9 @@ def test_a_bad_record_is_named(bad: Record, message: str) -> None:
 
 
 def test_shapes_that_disagree_are_refused() -> None:
-    answers = parse_batch([["x"], ["x"]], ["tvg", "tvg"], thinking=True)
+    answers = read([["x"], ["x"]], ["tvg", "tvg"])
     truth = truth_arrays([record("tvg")], max_spans=2)
-    with pytest.raises(RewardError, match=r"truth.choice: expected shape \(2,\)"):
+    with pytest.raises(RewardError, match=r"truth.task: expected shape \(2,\)"):
         dual_reward(answers, truth, WEIGHTS)
     with pytest.raises(RewardError, match=r"answers.span: expected shape \(2, 1, 2\)"):
         dual_reward(answers._replace(span=answers.span[:, 0]), truth, WEIGHTS)
@@ -206,7 +254,7 @@ class Pieces:
         return "{" + self.rng.choice([", "] * 8 + [",\n\t", " "]).join(members) + "}"
 
     def completion(self, task: str, thinking: bool) -> str:
-        asked = task if self.rng.random() < 0.95 else self.rng.choice(TASKS)
+        asked = task if self.rng.random() < 0.95 else self.rng.choice(VIDEO)
         parts = ["<answer>", self.content(asked), "</answer>"]
         if thinking != (self.rng.random() < 0.05):
             thought = self.rng.choice(["", "It opens.", "<b>", "x\n" * 50, "<answer", "\x00٣ 𝟛"])
@@ -291,11 +339,11 @@ def oracle_parts(text: str, task: str, thinking: bool) -> tuple[float, float, fl
 @pytest.mark.parametrize("thinking", [True, False])
 def test_ten_thousand_completions_earn_what_the_oracle_says(thinking: bool) -> None:
     prompts, group = 102, 100
-    tasks = [TASKS[p % 3] for p in range(prompts)]
+    tasks = [VIDEO[p % 3] for p in range(prompts)]
     pieces = Pieces(seed=int(thinking))
     texts = [[pieces.completion(task, thinking) for _ in range(group)] for task in tasks]
     truth: Truth = truth_arrays([record(task) for task in tasks], max_spans=3)
-    total, parts = dual_reward(parse_batch(texts, tasks, thinking=thinking), truth, WEIGHTS)
+    total, parts = dual_reward(read(texts, tasks, thinking), truth, WEIGHTS)
 
     expected = np.array(
         [[oracle_parts(text, task, thinking) for text in row] for row, task in zip(texts, tasks)]
@@ -303,7 +351,7 @@ def test_ten_thousand_completions_earn_what_the_oracle_says(thinking: bool) -> N
     for i, name in enumerate(["format", "choice", "iou"]):
         np.testing.assert_allclose(parts[name], expected[..., i], atol=2e-6, err_msg=name)
         assert 0.02 < np.nanmean(expected[..., i]) < 0.98  # the fuzz reaches both outcomes
-    weights = np.array(dataclasses.astuple(WEIGHTS))
+    weights = np.array([WEIGHTS.format, WEIGHTS.choice, WEIGHTS.iou])
     np.testing.assert_allclose(total, np.nansum(expected * weights, -1), atol=1e-5)
     most = np.where(np.isnan(expected), 0, weights).sum(-1)
     assert np.isfinite(total).all() and (total >= 0).all() and (total <= most).all()

@@ -11,18 +11,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.prompts import TAGS
-from data.records import TASKS
-from rewards.parse import Answer, RewardError, parse, parse_batch
+from data.records import LONGEST_TEXT, TAGS, TASKS
+from rewards.parse import Answer, RewardError, parse
 
 SPAN = '"start_time": "3.5", "end_time": "7.0"'
 GOOD = {
     "mcqa": "<answer>B</answer>",
     "tvg": f"<answer>{{{SPAN}}}</answer>",
     "gqa": f'<answer>{{"option": "B", {SPAN}}}</answer>',
+    "number": "<answer>-3.50</answer>",
+    "regression": "<answer>1200</answer>",
+    "ocr": "<answer>Stop  at\nthe sign</answer>",
+    "text": "<answer>She opens the door.</answer>",
 }
-CHOICE = {"mcqa": 1, "tvg": -1, "gqa": 1}
-TIMES = {"mcqa": (np.nan, np.nan), "tvg": (3.5, 7.0), "gqa": (3.5, 7.0)}
+CHOICE = {"mcqa": 1, "gqa": 1}
+TIMES = {"tvg": (3.5, 7.0), "gqa": (3.5, 7.0)}
+TEXT = {
+    "number": "-3.50",
+    "regression": "1200",
+    "ocr": "Stop  at\nthe sign",
+    "text": "She opens the door.",
+}
 
 
 def tvg(start: str, end: str = '"7.0"') -> Answer:
@@ -31,12 +40,14 @@ def tvg(start: str, end: str = '"7.0"') -> Answer:
 
 
 def has_no_answer(answer: Answer) -> bool:
-    return answer.choice == -1 and np.isnan(answer.start) and np.isnan(answer.end)
+    times = np.isnan(answer.start) and np.isnan(answer.end)
+    return answer.choice == -1 and times and answer.text is None
 
 
 def has_good_answer(answer: Answer, task: str) -> bool:
-    times = np.array_equal((answer.start, answer.end), TIMES[task], equal_nan=True)
-    return times and answer.choice == CHOICE[task]
+    expected = TIMES.get(task, (np.nan, np.nan))
+    times = np.array_equal((answer.start, answer.end), expected, equal_nan=True)
+    return times and answer.choice == CHOICE.get(task, -1) and answer.text == TEXT.get(task)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -112,19 +123,35 @@ def test_several_answers_are_no_answer(task: str, frame: str) -> None:
     [
         "",
         "B",
+        "3",
         "<answer>",
         "</answer>B<answer>",
         "<answer>B",
+        "</answer>3<answer>",
+        "<answer>3",
         "<think>x</think><answer></answer>",
+        "<think>x</think><answer> \t\r\n</answer>",
         "<think>x</think><ANSWER>B</ANSWER>",
         "<think>x</think>&lt;answer&gt;B&lt;/answer&gt;",
+    ],
+)
+def test_text_without_an_answer_has_none(task: str, text: str) -> None:
+    answer = parse(text, task, thinking=True)
+    assert not answer.format_ok
+    assert has_no_answer(answer)
+
+
+@pytest.mark.parametrize("task", ["mcqa", "tvg", "gqa", "number", "regression"])
+@pytest.mark.parametrize(
+    "text",
+    [
         "<think>x</think><answer>null</answer>",
         "<think>x</think><answer>[]</answer>",
         "<think>x</think><answer>{}</answer>",
         "\ud800\x00<answer>\udfff</answer>",
     ],
 )
-def test_text_without_an_answer_has_none(task: str, text: str) -> None:
+def test_what_is_not_the_kind_of_answer_that_was_asked_for_is_none(task: str, text: str) -> None:
     answer = parse(text, task, thinking=True)
     assert not answer.format_ok
     assert has_no_answer(answer)
@@ -247,6 +274,43 @@ def test_a_grounded_answer_needs_all_three_parts(content: str) -> None:
     assert has_no_answer(answer)
 
 
+@pytest.mark.parametrize("task", ["number", "regression"])
+@pytest.mark.parametrize("number", ["0", "-0", "7", "-3.50", "0.000", "9" * 15, "1." + "0" * 18])
+def test_a_number_is_kept_as_it_is_written(task: str, number: str) -> None:
+    answer = parse(f"<answer>\n{number} </answer>", task, thinking=False)
+    assert answer.format_ok and answer.text == number
+
+
+@pytest.mark.parametrize("task", ["number", "regression"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        "NaN", "inf", "-Infinity", "1e309", "1e1", "+1", "- 1", "--1", "1.", ".5", "-.5", "1.2.3",
+        "9" * 16, "1." + "0" * 19, "007", "1,234", "1_0", "0x10", "3 4", "3.5s", "50%", "$3", "1/2",
+        "٣", "３", "²", '"3"', "three", "3\u00a0",
+    ],
+)  # fmt: skip
+def test_what_is_not_a_plain_number_is_no_answer(task: str, number: str) -> None:
+    answer = parse(f"<answer>{number}</answer>", task, thinking=False)
+    assert not answer.format_ok and has_no_answer(answer)
+
+
+@pytest.mark.parametrize("task", ["ocr", "text"])
+def test_a_text_is_whatever_stands_in_the_answer_up_to_the_stated_length(task: str) -> None:
+    longest = "é𝟛<b>" * (LONGEST_TEXT // 5)
+    assert parse(f"<answer> {longest}\n</answer>", task, thinking=False).text == longest
+    longer = parse(f"<answer>{longest}x</answer>", task, thinking=False)
+    assert not longer.format_ok and has_no_answer(longer)
+
+
+@pytest.mark.parametrize("task", ["ocr", "text"])
+@pytest.mark.parametrize("tag", ["<think>", "</think>"])
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_text_holds_no_tag_of_the_format(task: str, tag: str, thinking: bool) -> None:
+    answer = parse(f"<think>x</think><answer>a {tag} b</answer>", task, thinking=thinking)
+    assert not answer.format_ok and has_no_answer(answer)
+
+
 def test_key_order_and_white_space_are_free_as_in_json() -> None:
     text = '<answer>\n{ "end_time" :7 ,\r\n\t"option":"B","start_time"\n: "3.5"}\n</answer>'
     assert parse(text, "gqa", thinking=False) == Answer(True, 1, 3.5, 7.0)
@@ -298,12 +362,10 @@ def test_any_text_has_an_outcome_with_sane_fields(text: str, task: str, thinking
     assert -1 <= answer.choice < 26
     for seconds in (answer.start, answer.end):
         assert np.isnan(seconds) or 0 <= seconds < 1e6
-    if task == "mcqa":
-        assert np.isnan(answer.start) and np.isnan(answer.end)
-    else:
-        assert np.isnan(answer.start) == np.isnan(answer.end)
-    if task == "tvg":
-        assert answer.choice == -1
+    assert np.isnan(answer.start) == np.isnan(answer.end)
+    assert np.isnan(answer.start) or task in TIMES
+    assert answer.choice == -1 or task in CHOICE
+    assert answer.text is None or task in TEXT
     if answer.format_ok:
         assert not has_no_answer(answer)
         assert [text.count(tag) for tag in TAGS] == [int(thinking)] * 2 + [1] * 2
@@ -325,32 +387,9 @@ def test_what_is_written_by_the_rules_is_read_back(
     assert answer == Answer(True, choice, round(start, 6), round(end, 2))
 
 
-def test_a_batch_is_its_completions_one_by_one() -> None:
-    texts = [[GOOD["mcqa"], "x"], [GOOD["tvg"], GOOD["mcqa"]], [GOOD["gqa"], GOOD["tvg"]]]
-    batch = parse_batch(texts, TASKS, thinking=False)
-    assert (batch.format_ok.dtype, batch.format_ok.shape) == (bool, (3, 2))
-    assert (batch.choice.dtype, batch.choice.shape) == (np.int32, (3, 2))
-    assert (batch.span.dtype, batch.span.shape) == (np.float32, (3, 2, 2))
-    for p, task in enumerate(TASKS):
-        for g in range(2):
-            single = parse(texts[p][g], task, thinking=False)
-            assert batch.format_ok[p, g] == single.format_ok
-            assert batch.choice[p, g] == single.choice
-            np.testing.assert_array_equal(batch.span[p, g], (single.start, single.end))
-
-
-def test_an_empty_batch_keeps_its_ranks() -> None:
-    assert parse_batch([], [], thinking=True).span.shape == (0, 0, 2)
-    assert parse_batch([[], []], ["tvg", "tvg"], thinking=True).span.shape == (2, 0, 2)
-
-
-def test_mistakes_of_the_caller_are_named() -> None:
-    with pytest.raises(RewardError, match="task: expected one of mcqa, tvg, gqa, found 'ocr'"):
-        parse("", "ocr", thinking=True)
-    with pytest.raises(RewardError, match="found 1 tasks for 2 prompts"):
-        parse_batch([[""], [""]], ["tvg"], thinking=True)
-    with pytest.raises(RewardError, match="found 2 for prompt 1"):
-        parse_batch([[""], ["", ""]], ["tvg", "tvg"], thinking=True)
+def test_an_unknown_task_is_a_mistake_of_the_caller() -> None:
+    with pytest.raises(RewardError, match="task: expected one of mcqa, tvg, .*, found 'vqa'"):
+        parse("", "vqa", thinking=True)
 
 
 def test_importing_the_parser_does_not_import_jax() -> None:

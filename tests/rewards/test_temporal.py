@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.temporal import temporal_iou
+from rewards.temporal import generalised_iou, temporal_iou, timestamp_iou
 
 NAN, INF = np.nan, np.inf
 Spans = list[tuple[float, float]]
@@ -127,3 +127,72 @@ def test_a_batch_is_scored_prompt_by_prompt_and_the_same_under_jit() -> None:
             start, end = map(float, prediction[p, g])
             assert found[p, g] == pytest.approx(float(exact_iou((start, end), real)), abs=1e-5)
     np.testing.assert_allclose(jax.jit(temporal_iou)(prediction, truth), found, rtol=1e-6)
+
+
+# --- generalised IoU and Time-R1's ----------------------------------------------------------------
+
+
+def giou_by_hand(prediction: tuple[float, float], truth: Spans) -> float:
+    """(1 + GIoU) / 2, counting cells of half a second: exact for times in half seconds."""
+    if not prediction[1] > prediction[0]:
+        return 0.0
+    cells = np.arange(100) / 2 + 0.25
+    said = (prediction[0] < cells) & (cells < prediction[1])
+    true = np.any([(s < cells) & (cells < e) for s, e in truth], axis=0)
+    inside = np.flatnonzero(said | true)
+    hull = inside[-1] - inside[0] + 1
+    union = (said | true).sum()
+    return (1 + (said & true).sum() / union - (hull - union) / hull) / 2
+
+
+def tiou_by_hand(prediction: tuple[float, float], truth: Spans, duration: float) -> float:
+    start, end = prediction
+    off = min(abs(start - s) for s, _ in truth) / duration
+    off_end = min(abs(end - e) for _, e in truth) / duration
+    return float(exact_iou(prediction, truth)) * max(1 - off, 0) * max(1 - off_end, 0)
+
+
+def test_the_other_kinds_against_slow_ones() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        count = int(rng.integers(1, 4))
+        ends = np.sort(rng.choice(80, (count, 2), replace=False), -1) / 2
+        truth = [(float(s), float(e)) for s, e in ends]
+        prediction = (float(rng.integers(0, 80)) / 2, float(rng.integers(0, 80)) / 2)
+        padded = np.full((1, 3, 2), NAN, np.float32)
+        padded[0, :count] = truth
+        span = np.float32([[prediction]])
+        found = float(generalised_iou(span, padded)[0, 0])
+        assert found == pytest.approx(giou_by_hand(prediction, truth), abs=1e-6)
+        found = float(timestamp_iou(span, padded, np.float32([20.0]))[0, 0])
+        assert found == pytest.approx(tiou_by_hand(prediction, truth, 20.0), abs=1e-6)
+
+
+def test_the_other_kinds_by_hand() -> None:
+    spans = np.float32([[[2, 6], [5, 6], [9, 10], [0, 4], [6, 2], [3, 3], [NAN, NAN]]])
+    truth = np.float32([[[0, 4], [NAN, NAN]]])
+    expected = [[2 / 3, 5 / 12, 1 / 4, 1, 0, 0, 0]]
+    np.testing.assert_allclose(generalised_iou(spans, truth), expected, rtol=1e-6)
+    expected = [[0.8 * 0.8 / 3, 0, 0, 1, 0, 0, 0]]
+    for kind in (timestamp_iou, jax.jit(timestamp_iou)):
+        np.testing.assert_allclose(kind(spans, truth, np.float32([10])), expected, rtol=1e-6)
+
+
+def test_of_several_spans_the_best_stretch_keeps_time_r1s_factors() -> None:
+    truth = np.float32([[[0, 4], [10, 20]]])
+    span = np.float32([[[10, 20]]])
+    assert timestamp_iou(span, truth, np.float32([30])) == temporal_iou(span, truth)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.tuples(st.floats(width=32), st.floats(width=32)),
+    st.lists(st.tuples(st.floats(width=32), st.floats(width=32)), min_size=2, max_size=2),
+    st.floats(width=32),
+)
+def test_the_other_kinds_are_finite_and_within_bounds_for_any_floats(
+    prediction: tuple[float, float], truth: Spans, duration: float
+) -> None:
+    span, true = np.float32([[prediction]]), np.float32([truth])
+    assert 0 <= float(generalised_iou(span, true)[0, 0]) <= 1
+    assert 0 <= float(timestamp_iou(span, true, np.float32([duration]))[0, 0]) <= 1

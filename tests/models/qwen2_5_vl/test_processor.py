@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from models.qwen2_5_vl.processor import (
     Grid,
@@ -22,9 +21,9 @@ from models.qwen2_5_vl.processor import (
     Video,
     collate,
     pack_frames,
-    resize,
 )
-from models.qwen2_5_vl.sizes import PixelLimits, ProcessorError, Size, smart_resize
+from models.qwen2_5_vl.resize import pillow
+from models.qwen2_5_vl.sizes import PixelLimits, ProcessorError, Size
 from tests.oracle import hf_processing as hf
 from tests.oracle.hf_processing import CASES, Case, image, messages, noise, video
 
@@ -155,7 +154,7 @@ def test_more_frames_get_fewer_pixels_each(directory: Path):
 @pytest.mark.parametrize("shape", [(100, 130), (333, 517), (40, 300), (20, 25)])
 def test_a_resized_image_is_that_of_transformers(directory: Path, shape: tuple[int, int]):
     limits = PixelLimits(min_pixels=56 * 56, max_pixels=40 * 784)
-    processor = Processor.load(directory, limits)
+    processor = Processor.load(directory, limits, pillow)
     case = (messages("image"), [image(*shape)])
     expected = hf.transformers_inputs(directory, limits, *case)
     raster = hf.raster_patches(
@@ -164,28 +163,17 @@ def test_a_resized_image_is_that_of_transformers(directory: Path, shape: tuple[i
     np.testing.assert_allclose(raster, hf.pixels(expected["pixel_values"]), atol=1e-3)
 
 
-@pytest.mark.parametrize(("height", "width"), [(360, 480), (270, 640), (100, 90)])
-def test_a_resized_video_is_as_close_to_qwen_vl_utils_as_pil_gets(height: int, width: int):
-    # Smooth content with edges, as in a real frame: PIL rounds between its two passes, torch does
-    # not, hence 0.1 to 0.2 grey levels on average (and in transformers' own PIL path, too).
-    rows, columns = np.mgrid[:height, :width]
-    waves = 127 + 90 * np.sin(rows / 23) * np.cos(columns / 17) + 30 * (columns % 60 > 30)
-    frames = np.stack([np.roll(waves, 9 * k, axis=1) for k in range(4)])[..., None]
-    frames = (frames + noise(4, height, width) / 16).clip(0, 255).astype(np.uint8)
-    limits = PixelLimits(min_pixels=100 * 784, total_pixels=250 * 784)
-    expected = hf.fetch_video(torch.from_numpy(frames).permute(0, 3, 1, 2), limits)
-    expected = expected.permute(0, 2, 3, 1).numpy()
-    size = smart_resize(height, width, 28, limits.min_pixels, limits.frame_maximum(4, 2))
-    ours = resize(frames, *size)
-    assert ours.shape == expected.shape
-    difference = np.abs(ours.astype(np.float32) - expected)
-    assert difference.mean() < 0.25
-    assert difference.max() <= 3
-
-
-def test_frames_of_the_right_size_are_not_copied():
-    frames = noise(2, 56, 84)
-    assert resize(frames, 56, 84) is frames
+def test_frames_resized_one_by_one_make_the_same_prompt(directory: Path):
+    """As `data.video.decode` does it; sizes are those of the decoded frame, not of the resized."""
+    limits = PixelLimits(min_pixels=784, max_pixels=784)
+    processor = Processor.load(directory, limits)
+    for height, width in ((112, 112), (100, 300), (28, 5000)):
+        whole = video(4, height, width)
+        frames = np.stack([processor.resize_frame(frame, 4) for frame in whole.frames])
+        small = Video(frames, whole.seconds_per_frame, decoded_hw=(height, width))
+        found, expected = (processor(messages("video"), [item]) for item in (small, whole))
+        assert found.size == expected.size
+        np.testing.assert_array_equal(found.patches, expected.patches)
 
 
 # --- Text ----------------------------------------------------------------------------------------
