@@ -298,7 +298,7 @@ def test_a_resumed_run_refuses_a_training_video_that_it_cannot_read_any_more(
     eight = ["mesh.data=4", "mesh.tensor=2", f"train.steps={STEPS + 1}"]  # devices
     message = mistake(place, capsys, f"run_dir={run_dir}", *overrides, *eight)
     assert "data.train, items: 13 with digest" in message
-    assert f"cannot be read now: {record.id}: {clips / record.video}" in message
+    assert f"cannot be read now: {record.id}: unreadable: {clips / record.video}" in message
     assert "choose a new run_dir" in message
 
 
