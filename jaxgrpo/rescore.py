@@ -121,8 +121,9 @@ def summary(result: Rescored, examples: int = _EXAMPLES) -> dict[str, Any]:
       components: by name, "before" and "after" as {mean, equal_groups: the share of these groups
       in which all completions earn the same}; totals_changed; groups_reordered: in which two
       completions change places (ties apart); groups_with_another_best; advantages_turned: how many
-      go from above to below the group's mean or back, as {up, down}; to_zero and from_zero: how
-      many advantages vanish or appear; examples: those whose total changes most.
+      go from above to below the group's mean or back, as {up, down}; turned_lines: these, by line
+      of the file; to_zero and from_zero: how many advantages vanish or appear; examples: those
+      whose total changes most.
     """
     groups = _groups(result.completions)
     names = dict.fromkeys([*result.before, *result.after])
@@ -133,6 +134,7 @@ def summary(result: Rescored, examples: int = _EXAMPLES) -> dict[str, Any]:
     }
     before, after = result.before["total"], result.after["total"]
     signs_before, signs_after = (_signs(total, groups) for total in (before, after))
+    turned = signs_before * signs_after < 0
     change = np.abs(after - before)
     most = [int(i) for i in np.argsort(-change, kind="stable")[:examples] if change[i] > _NEAR]
     return {
@@ -143,9 +145,10 @@ def summary(result: Rescored, examples: int = _EXAMPLES) -> dict[str, Any]:
         "groups_reordered": sum(_reordered(before[g], after[g]) for g in groups),
         "groups_with_another_best": sum(_another_best(before[g], after[g]) for g in groups),
         "advantages_turned": {
-            "up": int(((signs_before < 0) & (signs_after > 0)).sum()),
-            "down": int(((signs_before > 0) & (signs_after < 0)).sum()),
+            "up": int((turned & (signs_after > 0)).sum()),
+            "down": int((turned & (signs_after < 0)).sum()),
         },
+        "turned_lines": (np.flatnonzero(turned) + 1).tolist(),
         "to_zero": int(((signs_before != 0) & (signs_after == 0)).sum()),
         "from_zero": int(((signs_before == 0) & (signs_after != 0)).sum()),
         "examples": [_example(result, i) for i in most],
@@ -157,6 +160,8 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [f"{'':<12}{'mean':>10}{'->':>10}{'equal groups':>16}{'->':>10}"]
     for name, found in report["components"].items():
         cells = [found[when][key] for key in ("mean", "equal_groups") for when in found]
+        if all(cell is None for cell in cells):
+            continue  # none of the tasks has it
         shown = ["-" if cell is None else f"{cell:.3f}" for cell in cells]
         lines.append(f"{name:<12}{shown[0]:>10}{shown[1]:>10}{shown[2]:>16}{shown[3]:>10}")
     lines.append(f"{report['totals_changed']} totals change")
@@ -170,6 +175,10 @@ def table(report: Mapping[str, Any]) -> str:
             f"advantages: {turned['up']} turn positive, {turned['down']} negative, "
             f"{report['to_zero']} vanish, {report['from_zero']} appear"
         )
+        if lines_turned := report["turned_lines"]:
+            shown = [str(line) for line in lines_turned[:_LINES]]
+            more = ", ..." if len(lines_turned) > _LINES else ""
+            lines.append(f"turned: the completions of lines {', '.join(shown)}{more}")
     else:
         lines.append("no whole groups, so no advantages: train with log.samples=-1 to keep them")
     for x in report["examples"]:
@@ -179,6 +188,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 _SHOWN = 200  # characters of an example
+_LINES = 10  # of turned completions
 
 
 def _read_first(run: str, names: Sequence[str]) -> tuple[str, bytes]:

@@ -15,7 +15,7 @@ from rewards.options import LengthBand, Overlong
 def length_bonus(length: ArrayLike, answer_score: ArrayLike, band: LengthBand) -> jax.Array:
     """f32[P, G] in {0, 1}: 1 where the answer is right and the length within [min, max].
 
-    Source: Video-R1 (arXiv 2503.21776), section 3.2, the length-based reward. `length` i32[P, G];
+    Source: Video-R1 (arXiv 2503.21776), the length-based reward. `length` i32[P, G];
     `answer_score` f32[P, G] is right from `band.right` on.
     """
     length = jnp.asarray(length)

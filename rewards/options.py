@@ -17,7 +17,7 @@ def _check_weight(name: str, weight: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LengthBand:
-    """A bonus for right answers of a given length: Video-R1 (arXiv 2503.21776), section 3.2.
+    """A bonus for right answers of a given length, as of Video-R1 (arXiv 2503.21776).
 
     Adds `weight` where the length is within [min, max] tokens and every score of the task's answer
     (the choice, the IoU, ...) is at least `right`. A weight of 0 is off. Video-R1: 0.2, 320, 512.

@@ -1,6 +1,6 @@
 """The regression reward: 1 minus the relative error of a number.
 
-Source: Video-R1's reward for regression (arXiv 2503.21776, section 3.2). P prompts, G completions
+Source: Video-R1's reward for regression (arXiv 2503.21776). P prompts, G completions
 per prompt.
 """
 

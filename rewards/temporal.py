@@ -56,9 +56,9 @@ def timestamp_iou(span: ArrayLike, truth: ArrayLike, duration: ArrayLike) -> jax
     """f32[P, G] in [0, 1]: Time-R1's timestamp-aware IoU, weighed by how far the ends are off.
 
     tIoU = IoU (1 - |start - start'| / t) (1 - |end - end'| / t), with the true start' and end' and
-    the length t of the video (Time-R1, arXiv 2503.13377, section 3.2, the tIoU reward); a factor
-    below 0 is 0. Of several true spans, start' is the nearest true start and end' the nearest true
-    end, so that the stretch with the best IoU keeps its factors of 1.
+    the length t of the video (Time-R1, arXiv 2503.13377, the tIoU reward, and its released code);
+    a factor below 0 is 0. Of several true spans, start' is the nearest true start and end' the
+    nearest true end, so that the stretch with the best IoU keeps its factors of 1.
 
     `duration` f32[P], seconds above 0; the other arguments as of `temporal_iou`.
 

@@ -1,6 +1,6 @@
 """Scores that compare strings, on the host: numbers to two decimals, transcripts, free text.
 
-Sources: the answer rewards of Video-R1 (arXiv 2503.21776, section 3.2, and its released script).
+Sources: the answer rewards of Video-R1 (arXiv 2503.21776, and its released script).
 Answers are read by `rewards.parse`, so they have at most `LONGEST_TEXT` characters: the word error
 rate takes time in the product of the two lengths, ROUGE-L too.
 """

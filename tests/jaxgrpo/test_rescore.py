@@ -102,6 +102,7 @@ def test_without_the_format_reward_right_answers_in_any_form_are_worth_the_same(
     # tvg: totals .90, .42, .81, 0 become .40, .42, .31, 0; the mean moves from .53 to .28.
     # ocr: totals 1, .5, 0, 0 become .5, 0, 0, 0; the mean moves from .375 to .125.
     assert found["advantages_turned"] == {"up": 2, "down": 2}
+    assert found["turned_lines"] == [6, 10, 18, 22]
     assert (found["from_zero"], found["to_zero"]) == (4, 0)
     assert (found["groups_reordered"], found["groups_with_another_best"]) == (2, 2)
 
@@ -139,6 +140,8 @@ def test_the_table_names_every_component(run: Path) -> None:
     for part in ("total", "format", "choice", "iou", "of 6 groups 2 are reordered"):
         assert part in text
     assert "2 turn positive, 2 negative, 0 vanish, 4 appear" in text
+    assert "turned: the completions of lines 6, 10, 18, 22\n" in text
+    assert "regression" not in text  # no question has it
 
 
 def test_without_whole_groups_means_are_all_there_is(tmp_path: Path) -> None:
