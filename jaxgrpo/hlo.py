@@ -219,7 +219,7 @@ class _Reader:
     ) -> Work:
         kind = i.opcode.removesuffix("-start")
         if i.opcode in ("dot-start", "convolution-start"):
-            raise HloError(f"{i.name}: a {i.opcode} is not understood; jaxgrpo/hlo.py must learn it")
+            raise HloError(f"{i.name}: {i.opcode} is not understood; jaxgrpo/hlo.py must learn it")
         if i.opcode in ("dot", "convolution"):
             return Work(matmuls=[_matmul(inside, i, caller)])
         if kind in _TRANSFERS:

@@ -25,12 +25,11 @@ from jaxgrpo.programs import (
     score_program,
     truth_shapes,
 )
+from jaxgrpo.scoring import open_reward
 from jaxgrpo.sharding import make_mesh, param_shardings, put_prompts, put_scalar
 from jaxgrpo.update import UpdateBatch
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.processor import collate
-from rewards.dual import truth_arrays
-from rewards.parse import parse_batch
 from tests.oracle.prompts import FIRST_TEXT_ID
 
 # Rewards are of written answers: the tokens of a random model say nothing.
@@ -79,7 +78,8 @@ def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, A
     first_token = _rollout_of(1, config, mesh, policy, size, weights)
     to_sampler = weights.to_sampler.compile()
     shapes = answer_shapes(mesh, 1, workload.group), truth_shapes(mesh, 1, 1)
-    score = score_program(mesh, config.reward, divide_by_std=True).lower(*shapes).compile()
+    reward = open_reward(config)
+    score = score_program(mesh, reward, divide_by_std=True).lower(*shapes).compile()
     compiled = time.perf_counter() - begun
 
     params = load_params(directory, model_config, param_shardings(model_config, mesh))
@@ -134,14 +134,14 @@ def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, A
     for number in range(1, steps + 1):
         watch = Stopwatch()
         rollout, _ = programs.rollout(sampler, prompts[number], seed, put_scalar(mesh, number))
-        jax.device_get((rollout.tokens, rollout.lengths))
+        lengths = jax.device_get((rollout.tokens, rollout.lengths))[1]
         watch.phase("rollout")
-        answers = parse_batch(texts, [RECORD.task], thinking=True)
-        scores = score(*put_prompts(mesh, (answers, truth_arrays([RECORD], 1))))
+        answers = reward.read(texts, [RECORD], lengths)
+        scores = score(*put_prompts(mesh, (answers, reward.truth([RECORD], 1))))
         watch.phase("rewards")
         update(rollout.tokens, rollout.sampler_logp, scores.advantages, prompts[number])
         watch.phase("update")
-        assert int(np.min(jax.device_get(rollout.lengths))) == workload.length
+        assert int(np.min(lengths)) == workload.length
         yield watch.result() | {"gib": peak_gib()}
 
 

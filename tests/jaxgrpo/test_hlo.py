@@ -365,3 +365,21 @@ def test_a_product_inside_a_reduction_is_an_error() -> None:
     )
     with pytest.raises(HloError, match="a reduce whose function f multiplies"):
         by_hand("ROOT %r = f32[8]{0} reduce(%x, %x), to_apply=%f", functions=functions)
+
+
+def test_a_call_that_is_started_is_counted_once() -> None:
+    functions = (
+        "%f (x: f32[8,8]) -> f32[8,8] {\n  %x = f32[8,8]{1,0} parameter(0)\n"
+        f"  ROOT %d = f32[8,8]{{1,0}} {DOT}\n}}\n"
+    )
+    report = by_hand(
+        "%s = ((f32[8,8]{1,0}), f32[8,8]{1,0}) call-start(%x), to_apply=%f",
+        "ROOT %d = f32[8,8]{1,0} call-done(%s)",
+        functions=functions,
+    )
+    assert report.work.flops() == 1024
+
+
+def test_a_product_that_is_started_by_itself_is_an_error() -> None:
+    with pytest.raises(HloError, match="d: dot-start is not understood"):
+        by_hand(f"ROOT %d = f32[8,8]{{1,0}} {DOT.replace('dot(', 'dot-start(')}")
