@@ -46,9 +46,10 @@ def permute(x: Array, index: Array, inverse: Array) -> Array:
       index: int32[P, J] rows to take.
       inverse: int32[P, I] where each row went.
     """
-    rows = jnp.maximum(index, 0).reshape(*index.shape, *(1,) * (x.ndim - 2))
-    taken = jnp.take_along_axis(x, rows, axis=1)
-    return jnp.where((index >= 0).reshape(rows.shape), taken, 0)
+    flat = x.reshape(*x.shape[:2], -1)  # a row is one axis: libtpu fails on gathers of more
+    taken = jnp.take_along_axis(flat, jnp.maximum(index, 0)[..., None], axis=1)
+    taken = jnp.where((index >= 0)[..., None], taken, 0)
+    return taken.reshape(*index.shape, *x.shape[2:])
 
 
 def _permute_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple[Array, Array]]:
