@@ -40,7 +40,7 @@ class ModelSection:
     remat: Literal["none", "layer"] = "layer"  # layer: activations are recomputed layer by layer
     freeze_vision: bool = False
     logit_chunk: int = 64  # completion positions whose logits exist at once in the update; 0: all
-    attention_chunk: int = 1024  # queries of a prompt whose scores exist at once; 0: all
+    attention_chunk: int = 256  # queries of a prompt whose scores exist at once; 0: all
 
     def __post_init__(self) -> None:
         _check("model.path", self.path, bool(self.path), "a model directory or a hub id")

@@ -23,13 +23,10 @@ Backward: twice the forward, for the gradients of both factors; patches need non
 
 Recomputed in the backward pass:
   - the logits, always;
+  - attention's scores, half of its forward, always;
   - with remat "layer" every block and layer, but for the last product of its MLP (2 T F D), whose
-    result nothing in the backward pass reads;
-  - with attention in more than one block of queries every block: its scores, and for completions
-    its values too, which the softmax's shared denominator needs. (The prompt's values, half its
-    attention, nothing reads.)
-XLA on CPUs sees through some of it, and computes less: one chunk of logits is not computed again,
-and blocks of completions are not when their layer is.
+    result nothing in the backward pass reads.
+XLA on CPUs sees through some of it, and computes less: one chunk of logits is not computed again.
 """
 
 from __future__ import annotations
@@ -45,10 +42,10 @@ from models.qwen2_5_vl.sizes import Size
 def is_attention(matmul: Matmul) -> bool:
     """Whether a matrix product of a compiled program is attention's scores or values.
 
-    All of `models/attention.py`'s products name the axes `tkrh`, and they alone have batch
+    All of `models/attention.py`'s products name the axes `kgrt`, and they alone have batch
     dimensions, which is how they are known on CPUs, where XLA drops their names.
     """
-    return "tkrh" in matmul.op_name or (matmul.batched and not matmul.op_name)
+    return "kgrt" in matmul.op_name or (matmul.batched and not matmul.op_name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +120,7 @@ def update_flops(config: ModelConfig, step: Step) -> Flops:
     again = [Part("logits", logits.matmul)]
     if step.remat == "layer":
         again += [_without_last(part, config, step) for part in (*vision, *packed)]
-    again += _blocks_again(config.text, step)
+    again += [Part(f"{part.name}' scores", 0, part.attention // 2) for part in (*vision, *packed)]
     return Flops(
         (
             *_named("forward", forward),
@@ -181,17 +178,17 @@ def _group_chunk(step: Step) -> int:
     return step.attention_chunk and max(step.attention_chunk // step.group, 1)
 
 
-def _packed_pairs(step: Step) -> tuple[int, int]:
+def _packed_pairs(step: Step) -> int:
     """Pairs of queries and keys of one group: the prompt's, and the completions'."""
     s, c = step.bucket.tokens, step.length
     own = step.group * (c * s + _causal_pairs(c, _group_chunk(step)))
-    return _causal_pairs(s, step.attention_chunk), own
+    return _causal_pairs(s, step.attention_chunk) + own
 
 
 def _packed(config: TextConfig, step: Step) -> tuple[Part, ...]:
     """All layers over [prompt | completion 1 | ... | completion G]."""
     tokens = step.bucket.tokens + step.group * step.length
-    attention = config.layers * _attention(config) * sum(_packed_pairs(step))
+    attention = config.layers * _attention(config) * _packed_pairs(step)
     p = step.prompts
     return (Part("layers", _layers(config, p * tokens), p * attention),)
 
@@ -223,13 +220,3 @@ def _without_last(part: Part, config: ModelConfig, step: Step) -> Part:
     else:
         return Part(part.name, 0)
     return part._replace(matmul=part.matmul - p * last)
-
-
-def _blocks_again(config: TextConfig, step: Step) -> list[Part]:
-    """Attention's blocks of queries, computed again where there is more than one."""
-    prompt, own = _packed_pairs(step)
-    per_pair = step.prompts * config.layers * _attention(config)
-    in_blocks = 0 < step.attention_chunk < step.bucket.tokens
-    own_in_blocks = 0 < _group_chunk(step) < step.length
-    again = in_blocks * per_pair * prompt // 2 + own_in_blocks * per_pair * own
-    return [Part("attention's blocks", 0, again)]

@@ -4,19 +4,22 @@ Legend: P prompts, G completions per prompt, S prompt tokens, C completion token
         N query heads, K key/value heads, R = N / K queries that share a key head, H head dimension.
 
 Scores and softmax are float32; probabilities are cast to the values' dtype before they meet them,
-as in the original; what the two parts of a group add up to is rounded once, at the end. `...`
-stands for any batch axes.
+as in the original; what the parts of a group add up to is divided and rounded once, at the end.
+`...` stands for any batch axes.
 
 Long sequences go through in blocks of queries (`chunk`), each against the keys that it may read and
-no others, so that [S, S] scores never exist: a block's scores are made, used and thrown away, and
-made again in the backward pass.
+no others, so that [S, S] scores never exist. The backward pass keeps the outputs and of each query
+its softmax's maximum and sum, and makes a block's probabilities again from those (FlashAttention,
+arXiv 2205.14135): autodiff would keep or rebuild every intermediate value of the softmax, which
+took several times as long on a CPU.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from functools import partial, reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +30,6 @@ from jax.typing import ArrayLike
 # A finite "minus infinity": a row whose keys are all masked (a padded query) yields the mean of
 # the values, which nothing reads, instead of NaN, which the backward pass would spread.
 _MASKED = -1e30
-
-
-def _split_heads(q: Array, kv_heads: int) -> Array:
-    """[..., N, H] -> [..., K, R, H]: query heads that share a key head become neighbours."""
-    *batch, heads, dim = q.shape
-    return q.reshape(*batch, kv_heads, heads // kv_heads, dim)
-
-
-def _einsum32(subscripts: str, a: Array, b: Array) -> Array:
-    """A product of two arrays, summed and left in float32 whatever their dtype."""
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 def attend(q: Array, k: Array, v: Array, mask: ArrayLike) -> Array:
@@ -53,12 +45,9 @@ def attend(q: Array, k: Array, v: Array, mask: ArrayLike) -> Array:
     Returns:
       [..., T, N, H].
     """
-    q = _split_heads(q, k.shape[-2])
-    scores = _einsum32("...tkrh,...skh->...krts", q, k) / math.sqrt(q.shape[-1])
-    scores = jnp.where(jnp.asarray(mask)[..., None, None, :, :], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("...krts,...skh->...tkrh", weights, v)
-    return out.reshape(*out.shape[:-3], -1, out.shape[-1])
+    keys = _Keys(_heads_first(k), _heads_first(v), _for_heads(mask))
+    out = _attend(_query_heads(q[..., None, :, :, :], k.shape[-2]), (keys,), (False,), 0)
+    return _token_heads(out)[..., 0, :, :, :]
 
 
 def attend_shared_prompt(
@@ -72,9 +61,8 @@ def attend_shared_prompt(
 ) -> Array:
     """Completion queries over one prompt's keys, held once for the group, and their own.
 
-    One softmax spans both parts: the scores share a maximum and a denominator, so autodiff sees
-    the exact function. (Merging two finished attentions by their log-sum-exp is the same forward,
-    but JAX's fused attention drops the gradient of that residual.)
+    One softmax spans both parts. (Merging two finished attentions by their log-sum-exp is the same
+    forward, but JAX's fused attention drops the gradient of that residual.)
 
     Args:
       q: [P, G, T, N, H] queries; T = C in the update, 1 in decoding.
@@ -87,37 +75,8 @@ def attend_shared_prompt(
     Returns:
       [P, G, T, N, H].
     """
-    q = _split_heads(q, k.shape[-2])
-    scale = math.sqrt(q.shape[-1])
-    prompt = _einsum32("pgtkrh,pskh->pkgrts", q, k_prompt) / scale
-    prompt = jnp.where(jnp.asarray(valid)[:, None, None, None, None, :], prompt, _MASKED)
-    own = _einsum32("pgtkrh,pgckh->pkgrtc", q, k) / scale
-    own = jnp.where(mask, own, _MASKED)
-
-    highest = jnp.maximum(prompt.max(-1, keepdims=True), own.max(-1, keepdims=True))
-    highest = jax.lax.stop_gradient(highest)  # cancels between numerator and denominator
-    prompt, own = jnp.exp(prompt - highest), jnp.exp(own - highest)
-    total = prompt.sum(-1) + own.sum(-1)  # [P, K, G, R, T]
-
-    out = _einsum32("pkgrts,pskh->pgtkrh", prompt.astype(v.dtype), v_prompt)
-    out = out + _einsum32("pkgrtc,pgckh->pgtkrh", own.astype(v.dtype), v)
-    out = (out / jnp.einsum("pkgrt->pgtkr", total)[..., None]).astype(v.dtype)
-    return out.reshape(*out.shape[:3], -1, out.shape[-1])
-
-
-# ---- causal attention of whole sequences ----
-
-
-def _in_blocks(one_block: Callable[[slice], Array], length: int, size: int, axis: int) -> Array:
-    """Joins `one_block(queries)` over blocks of `size` of `length` queries; 0: one block.
-
-    Example: 5 queries by 2 are the blocks [0:2], [2:4] and [4:5].
-    """
-    if not 0 < size < length:
-        return one_block(slice(0, length))
-    starts = range(0, length, size)
-    blocks = [jax.checkpoint(partial(one_block, slice(s, min(s + size, length)))) for s in starts]
-    return jnp.concatenate([block() for block in blocks], axis=axis)
+    own = _Keys(_group_heads_first(k), _group_heads_first(v), jnp.asarray(mask))
+    return _attend_group(q, (_prompt_keys(k_prompt, v_prompt, valid), own), (False, False), 0)
 
 
 def attend_causal(q: Array, k: Array, v: Array, valid: Array, chunk: int = 0) -> Array:
@@ -132,13 +91,7 @@ def attend_causal(q: Array, k: Array, v: Array, valid: Array, chunk: int = 0) ->
     Returns:
       [P, S, N, H].
     """
-
-    def one_block(rows: slice) -> Array:
-        keys = slice(0, rows.stop)
-        mask = _causal(rows) & valid[:, None, keys]
-        return attend(q[:, rows], k[:, keys], v[:, keys], mask)
-
-    return _in_blocks(one_block, q.shape[1], chunk, axis=1)
+    return _attend_group(q[:, None], (_prompt_keys(k, v, valid),), (True,), chunk)[:, 0]
 
 
 def attend_completions(
@@ -153,16 +106,179 @@ def attend_completions(
     Returns:
       [P, G, C, N, H].
     """
-
-    def one_block(rows: slice) -> Array:
-        keys = slice(0, rows.stop)
-        own = q[:, :, rows], k[:, :, keys], v[:, :, keys]
-        return attend_shared_prompt(*own, k_prompt, v_prompt, valid, _causal(rows))
-
-    _, group, length = q.shape[:3]
-    return _in_blocks(one_block, length, chunk and max(chunk // group, 1), axis=2)
+    own = _Keys(_group_heads_first(k), _group_heads_first(v), jnp.ones((1, 1), bool))
+    keys = _prompt_keys(k_prompt, v_prompt, valid), own
+    return _attend_group(q, keys, (False, True), chunk and max(chunk // q.shape[1], 1))
 
 
-def _causal(rows: slice) -> np.ndarray:
-    """bool[T, S]: queries `rows` over keys 0 ... rows.stop; [1:3] gives [[1 1 0] [1 1 1]]."""
-    return np.arange(rows.stop) <= np.arange(rows.start, rows.stop)[:, None]
+# ---- heads before tokens: what products of matrices want ----
+
+
+def _query_heads(q: Array, kv_heads: int) -> Array:
+    """[..., G, T, N, H] -> [..., K, G, R, T, H]: query heads that share a key head together."""
+    *batch, g, t, n, h = q.shape
+    split = q.reshape(*batch, g, t, kv_heads, n // kv_heads, h)
+    return jnp.einsum("...gtkrh->...kgrth", split)
+
+
+def _token_heads(out: Array) -> Array:
+    """[..., K, G, R, T, H] -> [..., G, T, N, H]."""
+    *batch, k, g, r, t, h = out.shape
+    return jnp.einsum("...kgrth->...gtkrh", out).reshape(*batch, g, t, k * r, h)
+
+
+def _heads_first(k: Array) -> Array:
+    """[..., S, K, H] -> [..., K, S, H]."""
+    return jnp.einsum("...skh->...ksh", k)
+
+
+def _group_heads_first(k: Array) -> Array:
+    """[P, G, C, K, H] -> [P, K, G, C, H]."""
+    return jnp.einsum("...gskh->...kgsh", k)
+
+
+def _for_heads(mask: ArrayLike) -> Array:
+    """bool[..., T, S] -> bool[..., 1, 1, 1, T, S]."""
+    return jnp.asarray(mask)[..., None, None, None, :, :]
+
+
+def _prompt_keys(k: Array, v: Array, valid: ArrayLike) -> _Keys:
+    """Of a prompt's [P, S, K, H] under bool[P, S]."""
+    mask = _for_heads(jnp.asarray(valid)[:, None, :])
+    return _Keys(_heads_first(k), _heads_first(v), mask)
+
+
+def _attend_group(q: Array, keys: tuple[_Keys, ...], causal: tuple[bool, ...], chunk: int) -> Array:
+    """`_attend` for queries [P, G, T, N, H]."""
+    return _token_heads(_attend(_query_heads(q, keys[0].k.shape[1]), keys, causal, chunk))
+
+
+# ---- one softmax over one or more sets of keys, in blocks of queries ----
+
+
+class _Keys(NamedTuple):
+    """Keys and values, of a whole group [..., K, S, H] or of each completion [..., K, G, S, H]."""
+
+    k: Array
+    v: Array
+    mask: Array  # bool, broadcastable to [..., K, G, R, T, S]; None in gradients
+
+
+# Queries, keys, outputs, and each query's highest score and sum of exponentials [..., K, G, R, T].
+_Residual = tuple[Array, tuple[_Keys, ...], Array, Array, Array]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _attend(q: Array, keys: tuple[_Keys, ...], causal: tuple[bool, ...], chunk: int) -> Array:
+    """Attention of every query over all sets of keys, in one softmax.
+
+    Args:
+      q: [..., K, G, R, T, H].
+      keys: the sets.
+      causal: of each set, whether query t reads no key behind its own, t, whatever the mask says.
+      chunk: queries t in a block; 0: all.
+
+    Returns:
+      [..., K, G, R, T, H].
+    """
+    return _forward(q, keys, causal, chunk)[0]
+
+
+def _forward(
+    q: Array, keys: tuple[_Keys, ...], causal: tuple[bool, ...], chunk: int
+) -> tuple[Array, _Residual]:
+    outs, highests, totals = [], [], []
+    for rows in _blocks(q.shape[-2], chunk):
+        block = [_read_by(rows, *each) for each in zip(keys, causal, strict=True)]
+        scores = [jnp.where(part.mask, _scores(q[..., rows, :], part), _MASKED) for part in block]
+        highest = reduce(jnp.maximum, [score.max(-1) for score in scores])
+        parts = [jnp.exp(score - highest[..., None]) for score in scores]
+        total = reduce(jnp.add, [part.sum(-1) for part in parts])
+        out = reduce(jnp.add, [_values(p, x.v) for p, x in zip(parts, block, strict=True)])
+        outs.append((out / total[..., None]).astype(q.dtype))
+        highests.append(highest)
+        totals.append(total)
+    out = jnp.concatenate(outs, -2)
+    return out, (q, keys, out, jnp.concatenate(highests, -1), jnp.concatenate(totals, -1))
+
+
+def _backward(
+    causal: tuple[bool, ...],
+    chunk: int,
+    residual: _Residual,
+    gradient: Array,
+) -> tuple[Array, tuple[_Keys, ...]]:
+    """Gradients of q and of every set's k and v, summed over the queries in float32."""
+    # The barrier keeps XLA from finding the forward's scores in the same program and holding all.
+    q, keys, out, highest, total = jax.lax.optimization_barrier(residual)
+    scale = 1 / math.sqrt(q.shape[-1])
+    common = jnp.sum(out.astype(jnp.float32) * gradient, -1)  # what the softmax's sum takes back
+    q_gradients = []
+    # With tokens last, or the scores would be transposed for the products.
+    k_gradients = [jnp.zeros(part.k.mT.shape, jnp.float32) for part in keys]
+    v_gradients = [jnp.zeros(part.v.mT.shape, jnp.float32) for part in keys]
+    for rows in _blocks(q.shape[-2], chunk):
+        q_block, g_block = q[..., rows, :], gradient[..., rows, :]
+        of_q = []
+        for i, part in enumerate(keys):
+            read = _read_by(rows, part, causal[i])
+            p = jnp.exp(_scores(q_block, read) - highest[..., rows, None])
+            p = jnp.where(read.mask, p / total[..., rows, None], 0)
+            axes = _axes(q, read.k)
+            of_p = _einsum32(f"...kgrth,{axes}->...kgrts", g_block, read.v)
+            of_score = (p * (of_p - common[..., rows, None]) * scale).astype(q.dtype)
+            of_q.append(_einsum32(f"...kgrts,{axes}->...kgrth", of_score, read.k))
+            turned = axes.replace("sh", "hs")
+            of_k = _einsum32(f"...kgrth,...kgrts->{turned}", q_block, of_score)
+            of_v = _einsum32(f"...kgrth,...kgrts->{turned}", g_block, p.astype(q.dtype))
+            seen = (..., slice(0, of_k.shape[-1]))
+            k_gradients[i] = k_gradients[i].at[seen].add(of_k)
+            v_gradients[i] = v_gradients[i].at[seen].add(of_v)
+        q_gradients.append(reduce(jnp.add, of_q).astype(q.dtype))
+    of_keys = [
+        _Keys(of_k.mT.astype(part.k.dtype), of_v.mT.astype(part.v.dtype), None)  # type: ignore[arg-type]
+        for part, of_k, of_v in zip(keys, k_gradients, v_gradients, strict=True)
+    ]
+    return jnp.concatenate(q_gradients, -2), tuple(of_keys)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _blocks(length: int, size: int) -> Iterator[slice]:
+    """Example: 5 queries by 2 are [0:2], [2:4] and [4:5]; by 0 they are [0:5]."""
+    size = size or length
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _read_by(rows: slice, keys: _Keys, causal: bool) -> _Keys:
+    """What queries `rows` may read: causally, rows [1:3] the keys [0:3] as [[1 1 0] [1 1 1]]."""
+    mask = keys.mask if keys.mask.shape[-2] == 1 else keys.mask[..., rows, :]
+    if not causal:
+        return keys._replace(mask=mask)
+    seen = slice(0, rows.stop)
+    triangle = np.arange(rows.stop) <= np.arange(rows.start, rows.stop)[:, None]
+    mask = (mask if mask.shape[-1] == 1 else mask[..., seen]) & triangle
+    return _Keys(keys.k[..., seen, :], keys.v[..., seen, :], mask)
+
+
+def _axes(q: Array, k: Array) -> str:
+    """The letters of a set's keys, next to those of queries or scores [..., K, G, R, T, _]."""
+    return "...kgsh" if k.ndim == q.ndim - 1 else "...ksh"
+
+
+def _scores(q: Array, keys: _Keys) -> Array:
+    """float32[..., K, G, R, T, S]."""
+    products = _einsum32(f"...kgrth,{_axes(q, keys.k)}->...kgrts", q, keys.k)
+    return products / math.sqrt(q.shape[-1])
+
+
+def _values(p: Array, v: Array) -> Array:
+    """float32[..., K, G, R, T, H], what probabilities [..., K, G, R, T, S] make of values."""
+    return _einsum32(f"...kgrts,{_axes(p, v)}->...kgrth", p.astype(v.dtype), v)
+
+
+def _einsum32(subscripts: str, a: Array, b: Array) -> Array:
+    """A product of two arrays, summed and left in float32 whatever their dtype."""
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)

@@ -261,7 +261,7 @@ def test_chunks_of_logits_and_recomputation_change_nothing(
     policy = heavy.small.policy._replace(logit_chunk=3, attention_chunk=5, remat=True)
     assert heavy.batch.completions.shape[2] % policy.logit_chunk
     result = our_gradients(policy, heavy.small.params, {}, heavy.batch, heavy.config)
-    assert_same(result, heavy_result, 5e-6)
+    assert_same(result, heavy_result, 3e-5)
 
 
 def test_a_frozen_tower_gets_no_gradient_and_no_optimiser_state(
@@ -277,7 +277,7 @@ def test_a_frozen_tower_gets_no_gradient_and_no_optimiser_state(
     batch = heavy.batch._replace(features=features)
     result = our_gradients(small.policy, trained, frozen, batch, heavy.config)
     gradients, metrics = heavy_result
-    assert_same(result, ({"text": gradients["text"]}, metrics), 5e-6)
+    assert_same(result, ({"text": gradients["text"]}, metrics), 3e-5)
     state = init_state(trained, make_optimizer(OptimSection(), 1))
     weights = len(jax.tree.leaves(small.params["text"]))
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
