@@ -1,4 +1,4 @@
-"""The command line: `jaxgrpo {sft,train,eval,convert,pack,plan,export,rescore}`.
+"""The command line: `jaxgrpo {sft,train,eval,convert,pack,plan,export,verify,rescore}`.
 
 A command imports what it needs when it runs, so that `jaxgrpo --help` and a mistyped config key
 answer at once. A user's mistake (any `ValueError` subclass of our four packages, a missing file,
@@ -31,6 +31,7 @@ _AFTER_INTERRUPTION = {
     "export": "nothing was exported",
     "plan": "nothing was planned",
     "rescore": "nothing was scored",
+    "verify": "the verdict is missing",
 }
 _PACKAGES = ("jaxgrpo", "models", "rewards", "data")
 
@@ -160,8 +161,31 @@ def _parser() -> argparse.ArgumentParser:
         help="dtype: source (the default: each weight's own type), bfloat16 or float32; step: of "
         "the run's checkpoint (the default: the newest)",
     )
+    _add_verify(commands)
     _add_convert(commands)
     return parser
+
+
+def _add_verify(commands: Any) -> None:
+    """The parser of `verify`."""
+    summary = "whether jaxgrpo computes with a model what transformers does"
+    command = commands.add_parser("verify", help=summary, description=summary)
+    command.add_argument("model", metavar="MODEL", help="a model directory or a hub id")
+    command.add_argument(
+        "video", metavar="VIDEO", nargs="?", help="what both sides look at (default: made for it)"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="what both sides compute in (default: float32)",
+    )
+    command.add_argument(
+        "--no-logits",
+        action="store_true",
+        help="only the files, the processor and the tokenizer: no model is loaded",
+    )
+    command.add_argument("--json", action="store_true", help="figures for programs")
 
 
 def _add_convert(commands: Any) -> None:
@@ -200,6 +224,16 @@ def _run(options: argparse.Namespace) -> int:
 
         convert.main(options.kind, options.inputs, options.out, vars(options))
         return 0
+    if options.command == "verify":
+        from jaxgrpo import verify
+
+        return verify.main(
+            options.model,
+            options.video,
+            dtype=options.dtype,
+            logits=not options.no_logits,
+            as_json=options.json,
+        )
     settings = config.load(options.config, options.overrides)
     if options.command == "plan":
         from jaxgrpo import topology

@@ -2,7 +2,8 @@
 
 Only the weights are written anew, as safetensors under the released names. The other files of the
 model directory (config.json, tokenizer, chat template, licence) are copied as they are: what
-transformers 5 would save in their place fails to load in transformers 4.
+transformers 5 would save in their place fails to load in transformers 4. A fingerprint of all of it
+is added, for `jaxgrpo verify`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from data.storage import is_url
+from jaxgrpo import fingerprint
 from jaxgrpo.load import model_directory, restore_params
 from jaxgrpo.output import check_free, new_directory
 from jaxgrpo.run_dir import is_run
@@ -82,7 +84,8 @@ def main(
         print(f"  {file.name}  {_readable(file.stat().st_size)}")
     print(
         f"next: vllm serve {out}\n"
-        f"  or: Qwen2_5_VLForConditionalGeneration.from_pretrained({str(out)!r}) in transformers"
+        f"  or: Qwen2_5_VLForConditionalGeneration.from_pretrained({str(out)!r}) in transformers\n"
+        f"check it: jaxgrpo verify {out}"
     )
 
 
@@ -116,6 +119,7 @@ def export_params(
     with new_directory(out, "export") as directory:
         save(directory, params, config, dtype_of)
         _copy_other_files(base_directory, directory, dtype)
+        fingerprint.write(directory)
     return _files(Path(out))
 
 
@@ -145,6 +149,7 @@ def export_model(source: str | Path, out: str | Path, dtype: ExportDtype = "sour
 
         write_shards(directory, [shard(file) for file in sources])
         _copy_other_files(source, directory, dtype)
+        fingerprint.write(directory)
     return _files(Path(out))
 
 

@@ -31,7 +31,7 @@ from tokenizers import (
 
 from data.prompts import question_text, target_text
 from data.synthetic import questions, scene
-from jaxgrpo import config, export, sft
+from jaxgrpo import config, export, fingerprint, sft
 from jaxgrpo.config import Config
 
 COLD_START = Path(__file__).parent.parent / "configs" / "cold_start.yaml"
@@ -305,11 +305,12 @@ def stages(directory: Path, scratch: Path) -> tuple[Config, Config]:
 
 
 def train_weights(directory: Path, scratch: Path) -> None:
-    """Trains the weights and puts them into the model directory, rounded to bfloat16."""
+    """Trains the weights and puts them, rounded to bfloat16, and their fingerprint into it."""
     for stage in stages(directory, scratch):
         sft.main(stage)
     export.main(stage.run_dir, str(scratch / "exported"), "bfloat16")
     shutil.copyfile(scratch / "exported" / WEIGHTS, directory / WEIGHTS)
+    fingerprint.write(directory)
 
 
 def main() -> None:

@@ -225,7 +225,7 @@ class Processor:
         Raises:
           ProcessorError: the text itself spells a stop token, which would cut the answer short.
         """
-        ids = self._encode(text)
+        ids = self.encode(text)
         if np.isin(ids, self.eos_ids).any():
             raise ProcessorError(f"a completion must not spell a stop token: {text!r}")
         return np.append(ids, np.int32(self.eos_ids[0]))
@@ -239,7 +239,8 @@ class Processor:
             kept.append(int(token))
         return self.tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=False)
 
-    def _encode(self, text: str) -> Int32:
+    def encode(self, text: str) -> Int32:
+        """i32[S]: the tokens of a text as it stands, in which special tokens may be spelt."""
         # Not tokenizer(text): that sets truncation on the shared Rust object at each call, which
         # raises "Already borrowed" when several threads do it.
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
@@ -253,7 +254,7 @@ class Processor:
             tokenize=False,
             add_generation_prompt=True,
         )
-        return self._encode(str(text))
+        return self.encode(str(text))
 
     def _is_placeholder(self, ids: Int32) -> NDArray[np.bool_]:
         return (ids == self.config.image_token_id) | (ids == self.config.video_token_id)

@@ -95,6 +95,7 @@ class Decoder(nnx.Module):
         per_layer: Any = None,
         carry: Any = None,
         remat: bool = False,
+        keep: bool = False,
     ) -> tuple[Array, Any, Any]:
         """Runs the layers and the final norm.
 
@@ -105,9 +106,11 @@ class Decoder(nnx.Module):
           per_layer: a tree with a leading layer axis, sliced for `attention` (a prompt cache).
           carry: a tree threaded through the layers (a cache that is written in place).
           remat: recompute each layer in the backward pass instead of keeping its activations.
+          keep: return what each layer gives, to look inside.
 
         Returns:
-          hidden [*B, T, D] after the final norm, the carry, and what `attention` stacked over L.
+          hidden [*B, T, D] after the final norm, the carry, and what `attention` stacked over L;
+          with `keep`, [L, *B, T, D] in the latter's place.
         """
         cos, sin = self.rotary(positions, x.dtype)
         layer_def, layer_params = nnx.split(self.layers)
@@ -118,7 +121,8 @@ class Decoder(nnx.Module):
             layer = nnx.merge(layer_def, params)
             q, k, v = layer.query_key_value(x, cos, sin)
             attended, carry, saved = attention(q, k, v, extra, carry)
-            return (split_by_prompt(layer.finish(x, attended)), carry), saved
+            x = split_by_prompt(layer.finish(x, attended))
+            return (x, carry), x if keep else saved
 
         body = jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer
         start = (split_by_prompt(x), carry)

@@ -173,6 +173,19 @@ class VisionTower(nnx.Module):
         Returns:
           [P, U, O] features in window order, in the weights' dtype.
         """
+        return self.run(patches, patch_hw, window_index, frame_index, remat=remat)[0]
+
+    def run(
+        self,
+        patches: Array,
+        patch_hw: Array,
+        window_index: Array,
+        frame_index: Array,
+        *,
+        remat: bool = False,
+        keep: bool = False,
+    ) -> tuple[Array, Array | None]:
+        """As a call; with `keep`, also what each block gives, [B, P, N, D], to look inside."""
         config = self.config
         x = project(self.normalise(patches).astype(self.patch_embed[...].dtype), self.patch_embed)
         cos, sin = self.rotary(patch_hw)
@@ -181,7 +194,7 @@ class VisionTower(nnx.Module):
         block_def, block_params = nnx.split(self.blocks)
         is_full = np.isin(np.arange(config.depth), config.full_attention_blocks)
 
-        def run_block(x: Array, scanned: Any) -> tuple[Array, None]:
+        def run_block(x: Array, scanned: Any) -> tuple[Array, Array | None]:
             params, full = scanned
             block = nnx.merge(block_def, params)
             qkv = block.query_key_value(x, cos, sin)
@@ -191,11 +204,12 @@ class VisionTower(nnx.Module):
                 lambda y: _attend_segments(y, *windows),
                 qkv,
             )
-            return split_by_prompt(block.finish(x, attended)), None
+            x = split_by_prompt(block.finish(x, attended))
+            return x, x if keep else None
 
         body = jax.checkpoint(run_block, prevent_cse=False) if remat else run_block
-        x, _ = jax.lax.scan(body, split_by_prompt(x), (block_params, jnp.asarray(is_full)))
-        return split_by_prompt(self.merger(x, config.merge_area))
+        x, kept = jax.lax.scan(body, split_by_prompt(x), (block_params, jnp.asarray(is_full)))
+        return split_by_prompt(self.merger(x, config.merge_area)), kept
 
     def normalise(self, patches: Array) -> Array:
         """uint8[P, N, 1176] -> float32, by CLIP's mean and deviation of each channel."""

@@ -1,0 +1,1 @@
+"""What `jaxgrpo verify` compares, one file a subject; `original` alone imports torch."""
