@@ -21,6 +21,8 @@ from models.qwen2_5_vl.config import ModelConfig, ModelConfigError
 from models.qwen2_5_vl.processor import Processor
 from models.qwen2_5_vl.sizes import ProcessorError
 
+_NUMBERS = (activations.PROSE, activations.LAYERS, activations.LOGITS)
+
 
 class VerifyError(ValueError):
     """Something that is not a model directory."""
@@ -121,14 +123,16 @@ def checks(directory: Path, video: str | None, dtype: Dtype, logits: bool) -> It
         processor = Processor.load(directory, prompts.LIMITS)
     except ProcessorError as error:
         yield Check(prompts.TOKENIZER, Status.FAIL, str(error))
+        yield from _left_out(f"see {prompts.TOKENIZER}", prompts.PROCESSOR, original.POSITIONS)
         yield from tensors.check(directory, config)
+        yield from _left_out(f"see {prompts.TOKENIZER}", *_NUMBERS)
         return
     given = prompts.inputs(processor, clip)
     yield _answered(prompts.TOKENIZER, lambda: prompts.tokenizer(directory, processor))
     yield _answered(prompts.PROCESSOR, lambda: prompts.processor(directory, processor, clip, given))
     no_torch = original.missing()
     if no_torch:
-        yield skipped(original.POSITIONS, no_torch)
+        yield from _left_out(no_torch, original.POSITIONS)
     else:
         yield _answered(original.POSITIONS, lambda: original.positions(directory, given))
     readable = True
@@ -137,10 +141,8 @@ def checks(directory: Path, video: str | None, dtype: Dtype, logits: bool) -> It
         yield check
     if logits and readable:
         yield from _numbers(directory, processor, given, dtype)
-        return
-    reason = "--no-logits" if readable else "the weights cannot be used"
-    for name in (activations.PROSE, activations.LAYERS, activations.LOGITS):
-        yield skipped(name, reason)
+    else:
+        yield from _left_out("--no-logits" if readable else f"see {tensors.WEIGHTS}", *_NUMBERS)
 
 
 def _numbers(directory: Path, ours: Processor, given: Inputs, dtype: Dtype) -> Iterator[Check]:
@@ -149,16 +151,20 @@ def _numbers(directory: Path, ours: Processor, given: Inputs, dtype: Dtype) -> I
     yield activations.prose(found.prose, ours.config.text.vocab)
     no_torch = original.missing()
     if no_torch:
-        yield skipped(activations.LAYERS, no_torch)
-        yield skipped(activations.LOGITS, no_torch)
+        yield from _left_out(no_torch, activations.LAYERS, activations.LOGITS)
         return
     try:
         theirs = original.run(directory, given, dtype)
     except OtherSideError as error:
         yield Check(activations.LAYERS, Status.FAIL, str(error))
-        yield skipped(activations.LOGITS, f"see {activations.LAYERS}")
+        yield from _left_out(f"see {activations.LAYERS}", activations.LOGITS)
         return
     yield from activations.compare(found.parts, theirs, dtype, ours)
+
+
+def _left_out(reason: str, *names: str) -> Iterator[Check]:
+    for name in names:
+        yield skipped(name, reason)
 
 
 def _answered(name: str, question: Callable[[], Check]) -> Check:

@@ -49,11 +49,12 @@ class Tolerance(NamedTuple):
     logits: float
 
 
-# What rounding alone leaves: about 3e-7 a layer in float32, 3e-3 a layer in bfloat16, growing over
-# some 60 layers. A wrong constant, order or position is off by 1e-2 or more in float32.
+# Rounding alone: on a random model of 32 blocks and 36 layers, 256 wide, the layers of both sides
+# are 6e-6 apart in float32 and 0.1 in bfloat16 (as far as each is from float32), the logits 2e-5
+# and 0.3. A wrong constant, order or position is off by 1e-3 and more, which only float32 shows.
 TOLERANCES: Final[Mapping[Dtype, Tolerance]] = {
-    "float32": Tolerance(layer=1e-3, logits=1e-3),
-    "bfloat16": Tolerance(layer=0.2, logits=0.5),
+    "float32": Tolerance(layer=1e-4, logits=5e-4),
+    "bfloat16": Tolerance(layer=0.2, logits=1.0),
 }
 
 # Jane Austen, Pride and Prejudice (1813): prose that every general language model has read.

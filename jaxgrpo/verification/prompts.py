@@ -259,8 +259,9 @@ class _FramewiseVideos:
         self.temporal_patch_size = images.temporal_patch_size
         self.merge_size = images.merge_size
 
-    def __call__(self, videos: Any, video_metadata: Any, **_: Any) -> dict[str, Any]:
-        values, grids = [], []
+    def __call__(self, videos: Any, video_metadata: Any, **others: Any) -> dict[str, Any]:
+        values: list[np.ndarray] = []
+        grids: list[list[int]] = []
         depth = self.temporal_patch_size
         for video in videos:
             frames = [*video, *[video[-1]] * (-len(video) % depth)]

@@ -60,6 +60,23 @@ def test_export_takes_a_source_a_place_a_type_and_a_step(
     assert seen[1] == ("runs/a", "out", "source", None)
 
 
+def test_verify_takes_a_model_a_video_and_its_options_and_gives_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+
+    def main(model: str, video: str | None, **options: Any) -> int:
+        seen.append((model, video, options))
+        return 1
+
+    stand_in(monkeypatch, "verify", main)
+    assert cli.main(["verify", "m"]) == 1
+    cli.main(["verify", "m", "a.mp4", "--dtype", "bfloat16", "--no-logits", "--json"])
+    defaults = {"dtype": "float32", "logits": True, "as_json": False}
+    chosen = {"dtype": "bfloat16", "logits": False, "as_json": True}
+    assert seen == [("m", None, defaults), ("m", "a.mp4", chosen)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from jaxgrpo import export
+from jaxgrpo import export, fingerprint
 from jaxgrpo.export import ExportError, export_model, export_params
 from jaxgrpo.output import OutputError
 from models.qwen2_5_vl import tensor_files
@@ -181,7 +181,8 @@ def test_weights_in_other_formats_stay_behind(tmp_path: Path) -> None:
         (source / name).write_bytes(b"old")
     files = {path.name for path in export_model(source, tmp_path / "out")}
     assert files == {*OTHER_FILES, "config.json", "model.safetensors"} | {
-        "model.safetensors.index.json.bak"
+        "model.safetensors.index.json.bak",
+        fingerprint.FILE,
     }
 
 
@@ -231,6 +232,13 @@ def test_weights_that_the_config_does_not_describe_are_refused(tmp_path: Path) -
     assert not list(tmp_path.glob("out*"))
 
 
+def test_the_fingerprint_is_of_what_was_written(tmp_path: Path) -> None:
+    source = model_directory(tmp_path / "source", shards=2)
+    (source / fingerprint.FILE).write_text("of the source")
+    export_model(source, tmp_path / "out", "bfloat16")
+    assert fingerprint.read(tmp_path / "out") == fingerprint.take(tmp_path / "out")
+
+
 # ---- trained weights ----
 
 
@@ -275,7 +283,8 @@ def test_source_means_the_type_of_the_model_that_training_began_from(tmp_path: P
     config, params = perturbed(base)
     files = export_params(params, config, base, tmp_path / "out")
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
-    assert {file.name for file in files} == {*OTHER_FILES, "config.json", "model.safetensors"}
+    written = {*OTHER_FILES, "config.json", "model.safetensors", fingerprint.FILE}
+    assert {file.name for file in files} == written
     for name in [*OTHER_FILES, "config.json"]:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
 

@@ -62,7 +62,8 @@ def test_the_code_imports_only_what_the_core_install_brings() -> None:
         for path in sources(package)
         if imported(path) - allowed
     }
-    assert foreign == {}
+    # `jaxgrpo verify` compares with PyTorch where that is installed.
+    assert foreign == {"jaxgrpo/verification/original.py": ["torch"]}
 
 
 def test_torch_is_no_part_of_the_core_install_and_is_pinned_for_the_tests() -> None:

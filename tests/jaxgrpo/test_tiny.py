@@ -21,7 +21,7 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from data.prompts import question_text, target_text
 from data.records import LETTERS, Record
 from data.synthetic import COLORS, SHAPES, questions, scene
-from jaxgrpo import config
+from jaxgrpo import config, fingerprint
 from jaxgrpo.tiny import (
     CHAT_TEMPLATE,
     COLD_START,
@@ -79,6 +79,10 @@ def test_making_the_directory_keeps_other_files(tmp_path: Path) -> None:
 def test_the_shipped_weights_are_those_of_the_config() -> None:
     tensors = model_tensors(SHIPPED, ModelConfig.load(SHIPPED))
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16"}
+
+
+def test_the_shipped_fingerprint_is_that_of_the_shipped_files() -> None:
+    assert fingerprint.read(SHIPPED) == fingerprint.take(SHIPPED)
 
 
 def test_the_recipe_of_the_weights_is_a_valid_config(tmp_path: Path) -> None:
