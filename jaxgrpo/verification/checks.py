@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,7 +32,7 @@ class Check(NamedTuple):
 
 
 class OtherSideError(ValueError):
-    """transformers or torch could not do its part."""
+    """transformers or torch could not do its part, or a file is not theirs."""
 
 
 def verdict_on(name: str, problems: list[str], good: str, bad: str) -> Check:
@@ -51,6 +53,14 @@ def ask(what: str, question: Callable[[], T]) -> T:
     except Exception as error:  # theirs, of any kind: it is a finding, not a crash of ours
         text = " ".join(str(error).split())
         raise OtherSideError(f"{what}: {type(error).__name__}: {text[:500]}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an `OtherSideError` names a file that holds none."""
+    content = ask(f"{path} is not JSON", lambda: json.loads(path.read_text(encoding="utf-8")))
+    if not isinstance(content, dict):
+        raise OtherSideError(f"{path} holds {type(content).__name__}, expected an object")
+    return content
 
 
 def difference(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> str | None:

@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data.synthetic import SyntheticSpec, write_dataset
 from data.video import FrameSampling, decode
-from jaxgrpo.verification.checks import Check, ask, difference, verdict_on
+from jaxgrpo.verification.checks import Check, ask, difference, read_json, verdict_on
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.positions import Grid
 from models.qwen2_5_vl.processor import Processor, Prompt, Video
@@ -129,7 +129,7 @@ def tokenizer(directory: Path, ours: Processor) -> Check:
 
 def _named_ids(directory: Path, ours: Processor) -> list[str]:
     """config.json's ids against the tokenizer's; those of vision were checked when it was read."""
-    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    raw = read_json(directory / "config.json")
     vocabulary = ours.tokenizer.get_vocab()
     named = {"bos_token_id": "<|endoftext|>", "vision_token_id": "<|vision_pad|>"}
     problems = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from transformers import AutoConfig
 
-from jaxgrpo.verification.checks import Check, OtherSideError, Status, ask, verdict_on
+from jaxgrpo.verification.checks import Check, OtherSideError, Status, ask, read_json, verdict_on
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.vision import PIXEL_MEAN, PIXEL_STD
 
@@ -48,9 +47,9 @@ def config_json(directory: Path, config: ModelConfig) -> Check:
     """Our reading against transformers' config object, field by field, and fields unknown to us.
 
     Raises:
-      OtherSideError: transformers does not read the file.
+      OtherSideError: transformers cannot read the file.
     """
-    raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    raw = read_json(directory / CONFIG)
     theirs = _theirs(directory)
     ours = flat(config)
     problems = [
@@ -175,7 +174,11 @@ def _unlike_release(config: ModelConfig) -> Iterator[tuple[str, str]]:
 
 
 def processor_files(directory: Path, config: ModelConfig) -> Check:
-    """The image processor's settings against config.json and against the constants of our code."""
+    """The image processor's settings against config.json and against the constants of our code.
+
+    Raises:
+      OtherSideError: there are none, or a file is not JSON.
+    """
     vision = config.vision
     expected: dict[str, tuple[Any, str]] = {
         "patch_size": (vision.patch_size, "config.json's vision_config.patch_size"),
@@ -226,7 +229,7 @@ def _processor_settings(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]
         path = directory / name
         if not path.is_file():
             continue
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if name == "processor_config.json":
             for part in ("image_processor", "video_processor"):
                 if isinstance(content.get(part), dict):

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from jaxgrpo import fingerprint
-from jaxgrpo.fingerprint import Fingerprint
+from jaxgrpo.fingerprint import Fingerprint, FingerprintError
 from jaxgrpo.verification.checks import Check, Status, skipped, verdict_on
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.tensor_files import Tensor, TensorFiles, WeightError
@@ -74,11 +74,7 @@ def _look(tensor: Tensor) -> Seen:
 
 
 def check(directory: Path, config: ModelConfig) -> Iterator[Check]:
-    """Everything that can be said without computing with the weights.
-
-    Raises:
-      FingerprintError: jaxgrpo_tensors.json cannot be read.
-    """
+    """Everything that can be said without computing with the weights."""
     yield hub(directory)
     try:
         tensors = model_tensors(directory, config)
@@ -89,7 +85,10 @@ def check(directory: Path, config: ModelConfig) -> Iterator[Check]:
             yield skipped(name, "the weights cannot be read")
         return
     yield _finite(tensors, seen)
-    yield compare(fingerprint.read(directory), directory, seen)
+    try:
+        yield compare(fingerprint.read(directory), directory, seen)
+    except FingerprintError as error:
+        yield Check(FINGERPRINT, Status.FAIL, str(error))
     yield plausible(tensors, seen)
 
 

@@ -133,3 +133,11 @@ def test_no_file_at_all_is_told(tmp_path: Path) -> None:
     (directory / "preprocessor_config.json").unlink()
     with pytest.raises(OtherSideError, match="none of preprocessor_config.json"):
         processor_files(directory, ModelConfig.load(directory))
+
+
+@pytest.mark.parametrize(("content", "told"), [("{", "is not JSON"), ("[]", "holds list")])
+def test_a_file_that_is_no_json_object_is_named(content: str, told: str, tmp_path: Path) -> None:
+    path = copy(tmp_path / "model") / "preprocessor_config.json"
+    path.write_text(content)
+    with pytest.raises(OtherSideError, match=f"{path} {told}"):
+        processor_files(path.parent, ModelConfig.load(path.parent))

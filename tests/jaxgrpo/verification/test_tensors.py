@@ -192,6 +192,14 @@ def test_a_file_that_was_added_is_a_warning(tmp_path: Path) -> None:
     assert (check.status, check.details) == (Status.WARN, ("chat_template.jinja was not there",))
 
 
+def test_a_damaged_fingerprint_fails(tmp_path: Path) -> None:
+    directory = copy(tmp_path / "model")
+    (directory / fingerprint.FILE).write_text("{")
+    check = checked(directory)["fingerprint"]
+    assert check.status is Status.FAIL
+    assert fingerprint.FILE in check.summary
+
+
 def test_without_a_fingerprint_what_cannot_be_known_is_said(tmp_path: Path) -> None:
     directory = changed(tmp_path, swap(UP, GATE))
     (directory / fingerprint.FILE).unlink()

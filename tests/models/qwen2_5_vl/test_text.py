@@ -15,6 +15,7 @@ from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as original
 
 from models.attention import attend
+from models.layers import rms_norm
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, random_params
 from models.qwen2_5_vl.text import Decoder
@@ -138,6 +139,19 @@ def test_every_layer_gets_its_slice_and_hands_the_carry_on(small: Decoder) -> No
     assert int(carry) == 1_102_030
     np.testing.assert_array_equal(extras, per_layer)
     np.testing.assert_array_equal(carries, [1, 110, 11_020])
+
+
+def test_kept_layers_are_what_each_layer_gives_up_to_the_final_norm(small: Decoder) -> None:
+    x, positions = small.embed_tokens(jnp.array([[8, 9]])), jnp.zeros((1, 2, 3), jnp.int32)
+    hidden, _, layers = small(x, positions, causal, keep=True)
+    assert layers.shape == (3, 1, 2, 64)
+    last = rms_norm(layers[-1], small.norm[...], small.config.norm_eps)
+    np.testing.assert_allclose(last, hidden, rtol=1e-6)
+    layer_def, params = nnx.split(small.layers)
+    layer = nnx.merge(layer_def, jax.tree.map(lambda w: w[1], params))
+    q, k, v = layer.query_key_value(layers[0], *small.rotary(positions, x.dtype))
+    expected = layer.finish(layers[0], causal(q, k, v, None, None)[0])
+    np.testing.assert_allclose(layers[1], expected, atol=1e-5)
 
 
 def test_there_may_be_two_batch_axes(small: Decoder) -> None:

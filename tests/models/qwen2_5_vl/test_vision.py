@@ -185,6 +185,17 @@ def test_a_patch_attends_to_its_frame_as_in_the_docstring() -> None:
     np.testing.assert_array_equal(mask[0, 0], np.array(expected, bool))
 
 
+def test_kept_blocks_are_what_each_block_gives_up_to_the_merger(tower: VisionTower) -> None:
+    prompt = random_prompt(np.random.default_rng(0), [1, Grid(2, 4, 4)])
+    batch = jax.tree.map(lambda x: x[None], prompt)
+    inputs = (batch.patches, batch.patch_hw, batch.window_index, batch.frame_index)
+    features, blocks = tower.run(*inputs, keep=True)
+    assert blocks is not None and blocks.shape == (3, 1, 32, CONFIG.vision.width)
+    merged = tower.merger(blocks[-1], CONFIG.vision.merge_area)
+    np.testing.assert_allclose(merged, features, atol=1e-5)
+    np.testing.assert_allclose(tower(*inputs), features, atol=1e-5)
+
+
 def test_features_have_the_weights_type_and_the_text_models_width(tower: VisionTower) -> None:
     prompt = random_prompt(np.random.default_rng(0), [1, Grid(2, 4, 4)])
     batch = jax.tree.map(lambda x: x[None], prompt)
