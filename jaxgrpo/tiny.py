@@ -305,7 +305,7 @@ def stages(directory: Path, scratch: Path) -> tuple[Config, Config]:
 
 
 def train_weights(directory: Path, scratch: Path) -> None:
-    """Trains the weights and puts them, rounded to bfloat16, and their fingerprint into it."""
+    """Trains the weights; puts them, rounded to bfloat16, and a fingerprint into the directory."""
     for stage in stages(directory, scratch):
         sft.main(stage)
     export.main(stage.run_dir, str(scratch / "exported"), "bfloat16")
