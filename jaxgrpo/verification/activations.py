@@ -129,9 +129,11 @@ def _device() -> int | None:
 
 
 class Run(NamedTuple):
-    """Attributes:
-    parts: by name, in order, f32[N | U | S, D] of one part of the model; "logits" is f32[S, V].
-    prose: nats a token of TEXT, where the vocabulary is that of a general model.
+    """What our model gives.
+
+    Attributes:
+      parts: by name, in order, f32[N | U | S, D] of one part of the model; "logits" is f32[S, V].
+      prose: nats a token of TEXT, where the vocabulary is that of a general model.
     """
 
     parts: dict[str, np.ndarray]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from jaxgrpo.verification import activations, original, prompts
 from jaxgrpo.verification.activations import TooLittleMemoryError
@@ -59,6 +62,16 @@ def test_bfloat16_is_within_its_own_tolerance_only(ours: Processor, given: Input
     assert {check.status for check in strict} == {Status.FAIL}
 
 
+def test_our_weights_are_gone_when_the_original_is_loaded(ours: Processor, given: Inputs) -> None:
+    def held() -> int:
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    before = held()
+    found = activations.run(TINY, ours, given, "float32")
+    assert found.parts
+    assert held() - before < activations.bytes_needed(ours.config, "float32") / 4
+
+
 @pytest.mark.parametrize(
     ("weight", "first"),
     [
@@ -103,21 +116,16 @@ def test_logits_of_another_vocabulary_differ(parts: Parts, ours: Processor) -> N
 # ---- prose ----
 
 
-def test_the_loss_on_prose_is_that_of_the_original(ours: Processor) -> None:
-    import torch
-    from flax import nnx
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    from models.qwen2_5_vl.model import abstract_model
-    from models.qwen2_5_vl.weights import load
-
-    tokens = ours.encode(activations.TEXT)
-    model = nnx.merge(abstract_model(ours.config)[0], load(TINY, ours.config))
+def test_the_loss_on_prose_is_that_of_the_original(
+    ours: Processor, given: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "_GENERAL", ours.config.text.vocab)
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
-    ids = torch.tensor(tokens[None], dtype=torch.long)
+    ids = torch.tensor(ours.encode(activations.TEXT)[None], dtype=torch.long)
     with torch.no_grad():
-        expected = theirs(input_ids=ids, labels=ids).loss
-    assert activations._loss(model, tokens) == pytest.approx(float(expected), rel=1e-4)
+        expected = float(theirs(input_ids=ids, labels=ids).loss)
+    found = activations.run(TINY, ours, given, "float32")
+    assert found.prose == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
