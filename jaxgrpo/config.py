@@ -149,6 +149,9 @@ class RolloutSection:
     temperature: float = 1.0
     top_p: float = 1.0  # 1: the whole distribution
     top_k: int = 0  # 0: the whole distribution
+    # Lengths, besides C, that the update is compiled for: a step learns from as many tokens as its
+    # longest completion needs.
+    length_buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least("rollout", self, prompts=1, max_new_tokens=1, top_k=0)
@@ -163,6 +166,14 @@ class RolloutSection:
             self.temperature,
             self.temperature > 0,
             "more than 0: equal completions teach nothing (evaluation is greedy by itself)",
+        )
+        rising = all(a < b for a, b in pairwise((0, *self.length_buckets, self.max_new_tokens)))
+        _check(
+            "rollout.length_buckets",
+            list(self.length_buckets),
+            rising,
+            "numbers of tokens in rising order, below rollout.max_new_tokens "
+            f"({self.max_new_tokens}), for example [128, 256]",
         )
         _check("rollout.top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
 

@@ -127,7 +127,8 @@ def make_plan(config: Config, topology: Topology, progress: Callable[[str], None
     )
     platform = None if topology.is_tpu else "cuda"
     lowered = lower_train(config, mesh, policy, bucket, weights, platform)
-    programs = {"publish": weights.to_sampler, **lowered._asdict()}
+    learn = lowered.learn[config.rollout.max_new_tokens]  # the longest needs the most
+    programs = {"publish": weights.to_sampler, "rollout": lowered.rollout, **learn._asdict()}
     programs = {name: program for name, program in programs.items() if program is not None}
 
     # ---- what each needs ----

@@ -163,9 +163,11 @@ def score_program(mesh: Mesh, reward: Reward, divide_by_std: bool) -> Wrapped:
     return jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def reference_program(mesh: Mesh, policy: Policy) -> Wrapped:
-    """(reference, frozen weights, prompts, features, completions) -> log-probs f32[P, G, C]."""
+def reference_program(mesh: Mesh, policy: Policy, length: int | None = None) -> Wrapped:
+    """(reference, frozen weights, prompts, features, completions) -> log-probs f32[P, G, C].
 
+    With `length`, of the completions' first tokens only.
+    """
     split = NamedSharding(mesh, PROMPTS)
 
     def reference(
@@ -175,7 +177,7 @@ def reference_program(mesh: Mesh, policy: Policy) -> Wrapped:
         features: Array | None,
         completions: Array,
     ) -> Array:
-        completions = jax.lax.with_sharding_constraint(completions, split)
+        completions = jax.lax.with_sharding_constraint(completions[:, :, :length], split)
         return policy.log_probs(params | frozen, prompt, features, completions)[0]
 
     return jit_on(mesh, reference, out_shardings=split)
@@ -187,8 +189,12 @@ def update_program(
     config: Config,
     optimizer: optax.GradientTransformation,
     state_shardings: TrainState,
+    length: int | None = None,
 ) -> Wrapped:
-    """(state, frozen weights, batch) -> the next state and scalar metrics; the state is donated."""
+    """(state, frozen weights, batch) -> the next state and scalar metrics; the state is donated.
+
+    With `length`, no completion may have more tokens.
+    """
     split = NamedSharding(mesh, PROMPTS)
 
     def update(
@@ -196,7 +202,7 @@ def update_program(
     ) -> tuple[TrainState, dict[str, Array]]:
         batch = jax.lax.with_sharding_constraint(batch, split)
         gradients, metrics = grpo_gradients(
-            policy, state.params, frozen, batch, config.grpo, config.optim.accumulate
+            policy, state.params, frozen, batch, config.grpo, config.optim.accumulate, length
         )
         state, step_metrics = apply_gradients(
             state, gradients, metrics["loss"], optimizer, config.optim.clip_norm
@@ -317,24 +323,48 @@ def lower_weights(
     )
 
 
+class LearnPrograms(NamedTuple):
+    """The executables that learn from completions of at most some length."""
+
+    reference: Callable[..., Array] | None
+    update: Callable[..., tuple[TrainState, dict[str, Array]]]
+
+
 class TrainPrograms(NamedTuple):
     """The executables of one bucket that GRPO training calls, in the order of a step."""
 
     rollout: Callable[..., tuple[Rollout, Array | None]]
-    reference: Callable[..., Array] | None
-    update: Callable[..., tuple[TrainState, dict[str, Array]]]
+    learn: Mapping[int, LearnPrograms]  # by length
+
+    def learn_from(self, lengths: np.ndarray) -> int:
+        """The length of `learn` for completions of `lengths` int[P, G]: the first that is enough.
+
+        Example: for 128, 256 and 512, completions of [3, 130] and [7, 99] tokens need 256.
+        """
+        longest = lengths.max()
+        return min(length for length in self.learn if length >= longest)
+
+
+class LoweredLearn(NamedTuple):
+    """The same programs, to be compiled."""
+
+    reference: Lowered | None
+    update: Lowered
+
+    def compile(self) -> LearnPrograms:
+        reference = self.reference.compile() if self.reference else None
+        return LearnPrograms(reference, self.update.compile())
 
 
 class LoweredTrain(NamedTuple):
     """The same programs, to be compiled."""
 
     rollout: Lowered
-    reference: Lowered | None
-    update: Lowered
+    learn: Mapping[int, LoweredLearn]
 
     def compile(self) -> TrainPrograms:
-        reference = self.reference.compile() if self.reference else None
-        return TrainPrograms(self.rollout.compile(), reference, self.update.compile())
+        learn = {length: programs.compile() for length, programs in self.learn.items()}
+        return TrainPrograms(self.rollout.compile(), learn)
 
 
 def lower_train(
@@ -345,7 +375,7 @@ def lower_train(
     weights: WeightPrograms,
     platform: str | None = None,
 ) -> LoweredTrain:
-    """Lowers the rollout, the reference pass and the update for one bucket.
+    """Lowers the rollout and, for each length of completions, the reference pass and the update.
 
     Args:
       platform: to lower for another one than the mesh's devices: "cuda" on a machine without a GPU.
@@ -367,25 +397,28 @@ def lower_train(
     program = rollout_program(mesh, policy, sampling, config.model.freeze_vision)
     rollout = lower(program, weights.to_sampler.out_info, prompt, scalar, scalar)
     completions, features = rollout.out_info
-    of_reference = None
-    if weights.to_reference is not None:
-        program = reference_program(mesh, policy)
-        kept = weights.to_reference.out_info
-        of_reference = lower(program, kept, frozen, prompt, features, completions.tokens)
-    per_token = completions.sampler_logp
-    batch = UpdateBatch(
-        prompt=prompt,
-        features=features,
-        completions=completions.tokens,
-        lengths=completions.lengths,
-        advantages=shape_on(mesh, PartitionSpec(), (p, g), jnp.float32),
-        sampler_logp=per_token,
-        old_logp=None,
-        ref_logp=per_token if of_reference else None,
-    )
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    program = update_program(mesh, policy, config, weights.optimizer, shardings)
-    return LoweredTrain(rollout, of_reference, lower(program, state, frozen, batch))
+
+    def lower_learn(length: int) -> LoweredLearn:
+        reference = None
+        if weights.to_reference is not None:
+            kept, program = weights.to_reference.out_info, reference_program(mesh, policy, length)
+            reference = lower(program, kept, frozen, prompt, features, completions.tokens)
+        batch = UpdateBatch(
+            prompt=prompt,
+            features=features,
+            completions=completions.tokens,
+            lengths=completions.lengths,
+            advantages=shape_on(mesh, PartitionSpec(), (p, g), jnp.float32),
+            sampler_logp=completions.sampler_logp,
+            old_logp=None,
+            ref_logp=reference.out_info if reference else None,
+        )
+        program = update_program(mesh, policy, config, weights.optimizer, shardings, length)
+        return LoweredLearn(reference, lower(program, state, frozen, batch))
+
+    lengths = (*rollout_section.length_buckets, c)
+    return LoweredTrain(rollout, {length: lower_learn(length) for length in lengths})
 
 
 def compile_sft(

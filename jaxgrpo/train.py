@@ -160,15 +160,19 @@ def main(config: Config) -> None:
                 rollout, features = program.rollout(
                     sampler, on_device, seed, put_scalar(mesh, step)
                 )
-                ref_logp = None
-                if program.reference is not None:
-                    ref_logp = program.reference(
-                        reference, frozen, on_device, features, rollout.tokens
-                    )
                 tokens, lengths, finished = jax.device_get(
                     (rollout.tokens, rollout.lengths, rollout.finished)
                 )
                 sampled_at = time.perf_counter()
+
+                # ---- reference: while the host reads; the longest completion says how far ----
+                length = program.learn_from(lengths)
+                learn = program.learn[length]
+                ref_logp = None
+                if learn.reference is not None:
+                    ref_logp = learn.reference(
+                        reference, frozen, on_device, features, rollout.tokens
+                    )
 
                 # ---- rewards: text -> answers on the host -> scores and advantages ----
                 texts = [[processor.decode(ids) for ids in row] for row in tokens[rows]]
@@ -189,7 +193,7 @@ def main(config: Config) -> None:
                     ref_logp=ref_logp,
                 )
                 del sampler  # the update needs its memory
-                state, updated = program.update(state, frozen, update_batch)
+                state, updated = learn.update(state, frozen, update_batch)
                 sampler = to_sampler(state.params, frozen)
 
                 # ---- while the device works: the next batch ----
@@ -206,6 +210,7 @@ def main(config: Config) -> None:
                     progress.print(line)
                 metrics = {
                     **step_metrics(earned, lengths, finished, updated),
+                    "completion/bucket": length,
                     "data/failed_videos": len(run.failures),
                     **inputs.served(),
                     "compilations": compilations.total,

@@ -85,11 +85,15 @@ def grpo_gradients(
     batch: UpdateBatch,
     config: GrpoSection,
     accumulate: int = 1,
+    length: int | None = None,
 ) -> tuple[Params, dict[str, Array]]:
     """Gradients of the GRPO loss, and its metrics.
 
     With `accumulate` = A the P prompts go through in A micro-batches of P / A, one after another;
     the sums are divided by the whole batch's count once, so the result is that of one batch.
+
+    With `length` only the completions' first so many tokens are computed with, which changes
+    nothing if none has more.
 
     Returns:
       gradients (float32, in the nesting of `params`) and scalars: loss, those of `grpo_loss`, and
@@ -98,6 +102,7 @@ def grpo_gradients(
     mask = completion_mask(batch.lengths, batch.completions.shape[2])
     weights, count = token_weights(mask, config.aggregation)
     tokens = jnp.maximum(mask.sum(), 1.0)
+    batch, weights, mask = _first_tokens(batch, weights, mask, length)
 
     def loss_sum(
         params: Params, micro: tuple[UpdateBatch, Array, Array]
@@ -117,6 +122,20 @@ def grpo_gradients(
     )
     gradients = jax.tree.map(lambda g: g / count, gradients)
     return gradients, {"loss": loss / count} | {k: v / tokens for k, v in sums.items()}
+
+
+def _first_tokens(
+    batch: UpdateBatch, weights: Array, mask: Array, length: int | None
+) -> tuple[UpdateBatch, Array, Array]:
+    """What there is per completion token, [P, G, C], cut after `length` tokens."""
+    per_token = batch.completions, batch.sampler_logp, batch.old_logp, batch.ref_logp, weights, mask
+    completions, sampler_logp, old_logp, ref_logp, weights, mask = jax.tree.map(
+        lambda x: x[:, :, :length], per_token
+    )
+    batch = batch._replace(
+        completions=completions, sampler_logp=sampler_logp, old_logp=old_logp, ref_logp=ref_logp
+    )
+    return batch, weights, mask
 
 
 def sft_gradients(

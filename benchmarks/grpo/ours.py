@@ -102,7 +102,7 @@ def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, A
             ref_logp=None,
         )
         del sampler
-        state, metrics = programs.update(state, {}, batch)
+        state, metrics = programs.learn[workload.length].update(state, {}, batch)
         sampler = to_sampler(state.params, {})
         found = jax.device_get(metrics)
         jax.block_until_ready(sampler)

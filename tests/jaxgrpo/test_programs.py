@@ -62,13 +62,14 @@ from tests.jaxgrpo.cases import (
 from tests.oracle.prompts import random_prompt
 
 P, G, C = 2, 3, 4
+SHORT = 2  # tokens of the other length that programs are made for
 CONFIG = Config(
     run_dir="unused",
     model=ModelSection(
         path="unused", compute_dtype="float32", freeze_vision=True, logit_chunk=3, attention_chunk=5
     ),
     data=DataSection(train="unused"),
-    rollout=RolloutSection(P, G, C, TEMPERATURE),
+    rollout=RolloutSection(P, G, C, TEMPERATURE, length_buckets=(SHORT,)),
     grpo=GrpoSection(kl=0.05, entropy=0.01),
     optim=OptimSection(learning_rate=1e-2),
 )
@@ -103,7 +104,8 @@ class Run(NamedTuple):
         )
 
     def batch(self, rollout: Rollout, features: Any, advantages: Any) -> UpdateBatch:
-        assert self.programs.reference is not None
+        reference = self.programs.learn[C].reference
+        assert reference is not None
         return UpdateBatch(
             prompt=self.prompt,
             features=features,
@@ -112,9 +114,7 @@ class Run(NamedTuple):
             advantages=put_prompts(self.mesh, np.asarray(advantages, np.float32)),
             sampler_logp=rollout.sampler_logp,
             old_logp=None,
-            ref_logp=self.programs.reference(
-                self.reference, self.frozen, self.prompt, features, rollout.tokens
-            ),
+            ref_logp=reference(self.reference, self.frozen, self.prompt, features, rollout.tokens),
         )
 
 
@@ -174,8 +174,15 @@ def test_compiled_programs_are_kept_where_the_config_says(
 # ---- executables ----
 
 
-def test_a_bucket_costs_three_executables(run: Run) -> None:
-    assert run.compilations.counts == {"jit(rollout)": 1, "jit(reference)": 1, "jit(update)": 1}
+def test_a_bucket_costs_a_rollout_and_for_each_length_two_executables(run: Run) -> None:
+    assert run.compilations.counts == {"jit(rollout)": 1, "jit(reference)": 2, "jit(update)": 2}
+
+
+def test_the_longest_completion_chooses_the_programs_that_learn(run: Run) -> None:
+    for longest, expected in ((1, SHORT), (SHORT, SHORT), (SHORT + 1, C), (C, C)):
+        lengths = np.full((P, G), 1, np.int32)
+        lengths[1, 2] = longest
+        assert run.programs.learn_from(lengths) == expected
 
 
 def test_an_executable_refuses_shapes_that_were_not_foreseen(run: Run) -> None:
@@ -228,7 +235,7 @@ def test_the_first_step_is_on_policy_and_the_next_leaves_the_reference(run: Run)
     for step in range(2):
         rollout, features = run.rollout(sampler, 0, step)
         batch = run.batch(rollout, features, ADVANTAGES)
-        state, metrics = run.programs.update(state, run.frozen, batch)
+        state, metrics = run.programs.learn[C].update(state, run.frozen, batch)
         sampler = run.publish(state)
         assert not metrics.keys() & {"ratio", "clip_low", "clip_high"}
         assert float(metrics["sampler_gap"]) < 1e-5
@@ -243,7 +250,7 @@ def test_updates_donate_their_state_but_leave_reference_and_frozen_weights(run: 
     before = leaves(run.reference)
     state, sampler = run.start()
     batch = run.batch(*run.rollout(sampler, 0, 0), ADVANTAGES)
-    after, _ = run.programs.update(state, run.frozen, batch)
+    after, _ = run.programs.learn[C].update(state, run.frozen, batch)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
     assert after.params.keys() == {"text"}
     for old, now in zip(before, leaves(run.reference), strict=True):
@@ -261,9 +268,10 @@ def test_likely_is_what_was_rewarded(run: Run) -> None:
     rollout, features = run.rollout(sampler, 0, 0)
     batch = run.batch(rollout, features, ADVANTAGES)
     for _ in range(10):
-        state, _ = run.programs.update(state, run.frozen, batch)
-    assert run.programs.reference is not None
-    logp = run.programs.reference(state.params, run.frozen, run.prompt, features, rollout.tokens)
+        state, _ = run.programs.learn[C].update(state, run.frozen, batch)
+    reference = run.programs.learn[C].reference
+    assert reference is not None
+    logp = reference(state.params, run.frozen, run.prompt, features, rollout.tokens)
     mask = np.arange(C) < np.asarray(rollout.lengths)[..., None]
     gained = (mask * (np.asarray(logp) - np.asarray(batch.ref_logp))).sum(-1)
     gained -= gained.mean(axis=1, keepdims=True)
@@ -275,12 +283,12 @@ def test_a_non_finite_step_is_skipped_in_the_compiled_update_too(run: Run) -> No
     rollout, features = run.rollout(sampler, 0, 0)
     bad = run.batch(rollout, features, [[np.nan, 0.0, 0.0], [0.0, 0.7, -0.7]])
     before = leaves((state.params, state.opt_state))
-    state, metrics = run.programs.update(state, run.frozen, bad)
+    state, metrics = run.programs.learn[C].update(state, run.frozen, bad)
     assert int(metrics["skipped_in_a_row"]) == 1 and int(state.skipped) == 1
     for old, now in zip(before, leaves((state.params, state.opt_state)), strict=True):
         assert old.tobytes() == now.tobytes()
     good = run.batch(rollout, features, ADVANTAGES)
-    state, metrics = run.programs.update(state, run.frozen, good)
+    state, metrics = run.programs.learn[C].update(state, run.frozen, good)
     assert int(metrics["skipped_in_a_row"]) == 0 and int(state.skipped) == 0
 
 
@@ -290,7 +298,7 @@ def test_a_second_step_compiles_nothing(run: Run) -> None:
         with CompileCounter() as compilations:
             rollout, features = run.rollout(sampler, 0, step)
             batch = run.batch(rollout, features, ADVANTAGES)
-            state, _ = run.programs.update(state, run.frozen, batch)
+            state, _ = run.programs.learn[C].update(state, run.frozen, batch)
     assert compilations.total == 0
 
 

@@ -49,7 +49,7 @@ def test_a_run_writes_every_metric_by_its_name(reference: Path) -> None:
     assert [line["step"] for line in evaluations] == [0, 3, 6]
     always = (
         "reward/total reward/format groups/zero_variance kl entropy loss grad_norm "
-        "completion/length time/rollout time/update time/data_wait compilations "
+        "completion/length completion/bucket time/rollout time/update time/data_wait compilations "
         "data/failed_videos throughput/tokens_per_second"
     )
     for line in train:

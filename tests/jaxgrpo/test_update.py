@@ -102,9 +102,10 @@ def our_gradients(
     batch: UpdateBatch,
     config: GrpoSection,
     accumulate: int = 1,
+    length: int | None = None,
 ) -> Result:
     def compute(params: Params, frozen: Params, batch: UpdateBatch) -> Result:
-        return grpo_gradients(policy, params, frozen, batch, config, accumulate)
+        return grpo_gradients(policy, params, frozen, batch, config, accumulate, length)
 
     return fast_jit(compute)(params, frozen, batch)
 
@@ -253,6 +254,21 @@ def test_accumulation_equals_one_batch(heavy: Step, heavy_result: Result) -> Non
     assert tokens[0::2].sum() != tokens[1::2].sum()
     result = our_gradients(small.policy, small.params, {}, heavy.batch, heavy.config, accumulate=2)
     assert_same(result, heavy_result, 5e-6)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "constant"])
+def test_cutting_behind_the_longest_completion_changes_nothing(
+    heavy: Step, aggregation: Aggregation
+) -> None:
+    length = WIDTH - 2
+    assert heavy.batch.lengths.max() > length
+    batch = heavy.batch._replace(lengths=np.minimum(heavy.batch.lengths, length))
+    small, config = heavy.small, section(aggregation)
+    whole, cut = (
+        our_gradients(small.policy, small.params, {}, batch, config, length=n)
+        for n in (None, length)
+    )
+    assert_same(cut, whole, 3e-5)
 
 
 def test_chunks_of_logits_and_recomputation_change_nothing(
