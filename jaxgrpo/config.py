@@ -37,7 +37,8 @@ class ModelSection:
     path: str  # a Hugging Face directory, here or in a bucket (gs://...), or a hub id
     init: Literal["checkpoint", "random"] = "checkpoint"  # random: only the sizes are read
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # master weights are float32
-    remat: Literal["none", "layer"] = "layer"  # layer: activations are recomputed layer by layer
+    # What of a layer is kept for the backward pass: all; what products give; its input alone.
+    remat: Literal["none", "products", "layer"] = "layer"
     freeze_vision: bool = False
     logit_chunk: int = 64  # completion positions whose logits exist at once in the update; 0: all
     attention_chunk: int = 256  # queries of a prompt whose scores exist at once; 0: all

@@ -25,16 +25,17 @@ Recomputed in the backward pass:
   - the logits, always;
   - attention's scores, half of its forward, always;
   - with remat "layer" every block and layer, but for the last product of its MLP (2 T F D), whose
-    result nothing in the backward pass reads.
+    result nothing in the backward pass reads; with "products" nothing that is counted here.
 XLA on CPUs sees through some of it, and computes less: one chunk of logits is not computed again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from jaxgrpo.hlo import Matmul
+from models.layers import Remat
 from models.qwen2_5_vl.config import ModelConfig, TextConfig, VisionConfig
 from models.qwen2_5_vl.sizes import Size
 
@@ -58,7 +59,7 @@ class Step:
     length: int  # C
     logit_chunk: int = 0  # completion positions; 0: all at once
     attention_chunk: int = 0  # queries; 0: all at once
-    remat: Literal["none", "layer"] = "none"
+    remat: Remat = "none"
     freeze_vision: bool = False  # encoded once, by the rollout
 
 

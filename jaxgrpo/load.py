@@ -153,7 +153,7 @@ def make_policy(
         vocabulary=vocabulary,
         temperature=temperature,
         compute_dtype=jnp.dtype(section.compute_dtype),
-        remat=section.remat == "layer",
+        remat=section.remat,
         logit_chunk=section.logit_chunk,
         attention_chunk=section.attention_chunk,
     )

@@ -322,7 +322,7 @@ def remedy(config: Config, mesh: Mesh, held: dict[str, float], limit: float) -> 
     """The nearest change that lowers what a device must hold."""
     rows = config.rollout.prompts // (mesh.shape[DATA] * mesh.shape[FSDP])
     if config.model.remat == "none":
-        return "set model.remat=layer"
+        return "set model.remat=products or model.remat=layer"
     if sum(held.values()) - held["sampler's copy"] > limit / 2 and mesh.shape[DATA] > 1:
         return "split the weights further: a larger mesh.fsdp in the place of mesh.data"
     if held["sampler's copy"] > limit / 2:

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from models.layers import Remat
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import Qwen2_5_VL
 from models.qwen2_5_vl.processor import Prompt
@@ -109,7 +110,7 @@ class Policy(NamedTuple):
     vocabulary: Vocabulary
     temperature: float
     compute_dtype: Any
-    remat: bool
+    remat: Remat
     logit_chunk: int
     attention_chunk: int
 

@@ -25,7 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
+
+from models.layers import ATTENTION
 
 # A finite "minus infinity": a row whose keys are all masked (a padded query) yields the mean of
 # the values, which nothing reads, instead of NaN, which the backward pass would spread.
@@ -198,8 +201,9 @@ def _forward(
         outs.append((out / total[..., None]).astype(q.dtype))
         highests.append(highest)
         totals.append(total)
-    out = jnp.concatenate(outs, -2)
-    return out, (q, keys, out, jnp.concatenate(highests, -1), jnp.concatenate(totals, -1))
+    results = jnp.concatenate(outs, -2), jnp.concatenate(highests, -1), jnp.concatenate(totals, -1)
+    out, highest, total = checkpoint_name(results, ATTENTION)
+    return out, (q, keys, out, highest, total)
 
 
 def _backward(

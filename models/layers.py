@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec
+
+# What of a layer is kept for the backward pass, the rest being computed again: everything; what
+# products of matrices and attention give; nothing but its input.
+Remat = Literal["none", "products", "layer"]
+
+# The name of attention's results, for `jax.checkpoint`'s policies.
+ATTENTION = "attention"
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PROMPT_AXES = ("data", "fsdp")  # the mesh axes that every batch of prompts is split over
 
@@ -22,6 +34,18 @@ def split_by_prompt(x: Array) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(PROMPT_AXES))
+
+
+def rematerialised(body: Callable[P, R], remat: Remat) -> Callable[P, R]:
+    """The body of a scan over layers, with what its backward pass keeps."""
+    if remat == "none":
+        return body
+    policies = jax.checkpoint_policies
+    kept = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)
+    )
+    # A scan's body cannot be merged with that of another scan, which is what `prevent_cse` is for.
+    return jax.checkpoint(body, policy=None if remat == "layer" else kept, prevent_cse=False)
 
 
 def project(x: Array, weight: nnx.Param, axes: int = 1) -> Array:

@@ -28,6 +28,7 @@ from jaxgrpo.programs import (
 from jaxgrpo.scoring import open_reward
 from jaxgrpo.sharding import make_mesh, param_shardings, put_prompts, put_scalar
 from jaxgrpo.update import UpdateBatch
+from models.layers import Remat
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.processor import collate
 from tests.oracle.prompts import FIRST_TEXT_ID
@@ -47,8 +48,9 @@ def written(group: int) -> list[str]:
 
 
 def settings(workload: Workload, directory: Path) -> Config:
-    remat = "layer" if workload.remat else "none"
-    model = ModelSection(str(directory), compute_dtype=workload.dtype, remat=remat)  # type: ignore[arg-type]
+    remat: Remat = "layer" if workload.remat else "products"
+    dtype: Any = workload.dtype
+    model = ModelSection(str(directory), compute_dtype=dtype, remat=remat)
     rollout = RolloutSection(prompts=1, group=workload.group, max_new_tokens=workload.length)
     data = DataSection(train="-", eval="-")
     return Config("-", model, data, rollout=rollout, grpo=GrpoSection(kl=0.0, entropy=0.0))

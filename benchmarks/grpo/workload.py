@@ -28,7 +28,7 @@ class Workload(NamedTuple):
     group: int  # G
     length: int  # C
     dtype: str  # that products are computed in
-    remat: bool  # recompute layers in the backward pass, on all sides
+    remat: bool  # recompute layers in the backward pass, on all sides; no products if not
 
     @property
     def layout(self) -> list[int | Grid]:

@@ -20,6 +20,7 @@ from flax import nnx
 from jax import Array
 
 from models.attention import attend_causal, attend_completions, attend_shared_prompt
+from models.layers import Remat
 from models.parameter import logical_axes
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.processor import Prompt
@@ -51,7 +52,7 @@ class Qwen2_5_VL(nnx.Module):
         self.vision = VisionTower(config.vision, rngs)
         self.text = Decoder(config.text, rngs)
 
-    def encode_vision(self, prompt: Prompt, *, remat: bool = False) -> Array:
+    def encode_vision(self, prompt: Prompt, *, remat: Remat = "none") -> Array:
         """Vision features [P, U, D] of a batch of prompts; U may be 0 (text only)."""
         if prompt.patches.shape[1] == 0:
             dtype = self.text.embed[...].dtype
@@ -144,7 +145,7 @@ class Qwen2_5_VL(nnx.Module):
         features: Array,
         completions: Array,
         *,
-        remat: bool = False,
+        remat: Remat = "none",
         attention_chunk: int = 0,
     ) -> Array:
         """The hidden states that predict every completion token, each prompt computed once.
@@ -157,7 +158,7 @@ class Qwen2_5_VL(nnx.Module):
           prompt: a batch of P prompts.
           features: [P, U, D] from `encode_vision`.
           completions: int32[P, G, C]; what is behind a completion's end is never read by it.
-          remat: recompute each layer in the backward pass.
+          remat: what of each layer is kept for the backward pass.
           attention_chunk: as in `prefill`.
 
         Returns:

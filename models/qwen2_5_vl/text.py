@@ -21,7 +21,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from models.layers import project, rms_norm, rotate_half, split_by_prompt
+from models.layers import (
+    Remat,
+    project,
+    rematerialised,
+    rms_norm,
+    rotate_half,
+    split_by_prompt,
+)
 from models.parameter import parameter
 from models.qwen2_5_vl.config import TextConfig
 
@@ -94,7 +101,7 @@ class Decoder(nnx.Module):
         *,
         per_layer: Any = None,
         carry: Any = None,
-        remat: bool = False,
+        remat: Remat = "none",
         keep: bool = False,
     ) -> tuple[Array, Any, Any]:
         """Runs the layers and the final norm.
@@ -105,7 +112,7 @@ class Decoder(nnx.Module):
           attention: what each query reads; see `Attention`.
           per_layer: a tree with a leading layer axis, sliced for `attention` (a prompt cache).
           carry: a tree threaded through the layers (a cache that is written in place).
-          remat: recompute each layer in the backward pass instead of keeping its activations.
+          remat: what of each layer is kept for the backward pass.
           keep: return what each layer gives, to look inside.
 
         Returns:
@@ -124,7 +131,7 @@ class Decoder(nnx.Module):
             x = split_by_prompt(layer.finish(x, attended))
             return (x, carry), x if keep else saved
 
-        body = jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer
+        body = rematerialised(run_layer, remat)
         start = (split_by_prompt(x), carry)
         (x, carry), saved = jax.lax.scan(body, start, (layer_params, per_layer))
         return rms_norm(x, self.norm[...], self.config.norm_eps), carry, saved

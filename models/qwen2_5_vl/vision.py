@@ -22,7 +22,14 @@ from flax import nnx
 from jax import Array
 
 from models.attention import attend
-from models.layers import project, rms_norm, rotate_half, split_by_prompt
+from models.layers import (
+    Remat,
+    project,
+    rematerialised,
+    rms_norm,
+    rotate_half,
+    split_by_prompt,
+)
 from models.parameter import parameter
 from models.qwen2_5_vl.config import VisionConfig
 
@@ -158,7 +165,7 @@ class VisionTower(nnx.Module):
         window_index: Array,
         frame_index: Array,
         *,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> Array:
         """Encodes the patches of P prompts.
 
@@ -168,7 +175,7 @@ class VisionTower(nnx.Module):
           patch_hw: int32[P, N, 2] row and column of each patch in its frame.
           window_index: int32[P, W, Q] the patches of each window, -1 for padding.
           frame_index: int32[P, R', Q'] rows of whole frames, one or several each, -1 for padding.
-          remat: recompute each block in the backward pass instead of keeping its activations.
+          remat: what of each block is kept for the backward pass.
 
         Returns:
           [P, U, O] features in window order, in the weights' dtype.
@@ -182,7 +189,7 @@ class VisionTower(nnx.Module):
         window_index: Array,
         frame_index: Array,
         *,
-        remat: bool = False,
+        remat: Remat = "none",
         keep: bool = False,
     ) -> tuple[Array, Array | None]:
         """As a call; with `keep`, also what each block gives, [B, P, N, D], to look inside."""
@@ -207,7 +214,7 @@ class VisionTower(nnx.Module):
             x = split_by_prompt(block.finish(x, attended))
             return x, x if keep else None
 
-        body = jax.checkpoint(run_block, prevent_cse=False) if remat else run_block
+        body = rematerialised(run_block, remat)
         x, kept = jax.lax.scan(body, split_by_prompt(x), (block_params, jnp.asarray(is_full)))
         return split_by_prompt(self.merger(x, config.merge_area)), kept
 

@@ -67,7 +67,7 @@ def small_model(
         vocabulary=Vocabulary(USABLE, (STOP,), PAD),
         temperature=temperature,
         compute_dtype=jnp.dtype("float32"),
-        remat=False,
+        remat="none",
         logit_chunk=0,
         attention_chunk=0,
     )

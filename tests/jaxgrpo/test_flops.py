@@ -119,7 +119,7 @@ def executed(program: Any, config: ModelConfig) -> Work:
 def shapes_of(small: SmallModel, step: Step) -> tuple[Any, Any, Any, Any]:
     """(policy, mesh, prompts, features) of a step; features only if the tower is frozen."""
     policy = small.policy._replace(
-        remat=step.remat == "layer",
+        remat=step.remat,
         logit_chunk=step.logit_chunk,
         attention_chunk=step.attention_chunk,
     )

@@ -125,7 +125,7 @@ ADVANTAGES = [[1.0, -0.5, -0.5], [0.0, 0.7, -0.7]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     small = small_model(tmp_path_factory.mktemp("model"), tied=True)
     small = small._replace(
-        policy=small.policy._replace(remat=True, logit_chunk=3, attention_chunk=5)
+        policy=small.policy._replace(remat="layer", logit_chunk=3, attention_chunk=5)
     )
     mesh = make_mesh(MeshSection(data=1), jax.devices()[:1])
     shardings = param_shardings(small.policy.config, mesh)

@@ -26,6 +26,7 @@ from jaxgrpo.update import (
     sft_gradients,
     split_frozen,
 )
+from models.layers import Remat
 from models.qwen2_5_vl.positions import Grid
 from models.qwen2_5_vl.weights import TABLE, released_tensors
 from tests.jaxgrpo.cases import (
@@ -271,10 +272,11 @@ def test_cutting_behind_the_longest_completion_changes_nothing(
     assert_same(cut, whole, 3e-5)
 
 
+@pytest.mark.parametrize("remat", ["products", "layer"])
 def test_chunks_of_logits_and_recomputation_change_nothing(
-    heavy: Step, heavy_result: Result
+    heavy: Step, heavy_result: Result, remat: Remat
 ) -> None:
-    policy = heavy.small.policy._replace(logit_chunk=3, attention_chunk=5, remat=True)
+    policy = heavy.small.policy._replace(logit_chunk=3, attention_chunk=5, remat=remat)
     assert heavy.batch.completions.shape[2] % policy.logit_chunk
     result = our_gradients(policy, heavy.small.params, {}, heavy.batch, heavy.config)
     assert_same(result, heavy_result, 3e-5)

@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as original
 
 from models.attention import attend
-from models.layers import rms_norm
+from models.layers import Remat, rms_norm
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, random_params
 from models.qwen2_5_vl.text import Decoder
@@ -168,12 +168,15 @@ def test_there_may_be_two_batch_axes(small: Decoder) -> None:
     np.testing.assert_allclose(together[1, 2], alone[0], atol=1e-5)
 
 
-def test_rematerialisation_changes_neither_outputs_nor_gradients(small: Decoder) -> None:
+@pytest.mark.parametrize("remat", ["products", "layer"])
+def test_rematerialisation_changes_neither_outputs_nor_gradients(
+    small: Decoder, remat: Remat
+) -> None:
     graphdef, params = nnx.split(small)
     tokens = np.random.default_rng(0).integers(7, 320, (1, 6), np.int32)
 
     @jax.jit(static_argnames="remat")
-    def loss_and_gradient(params: nnx.State, remat: bool) -> tuple[jax.Array, nnx.State]:
+    def loss_and_gradient(params: nnx.State, remat: Remat) -> tuple[jax.Array, nnx.State]:
         def loss(params: nnx.State) -> jax.Array:
             model = nnx.merge(graphdef, params)
             positions = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32)[:, None], (1, 6, 3))
@@ -182,8 +185,8 @@ def test_rematerialisation_changes_neither_outputs_nor_gradients(small: Decoder)
 
         return jax.value_and_grad(loss)(params)
 
-    kept, kept_gradient = loss_and_gradient(params, False)
-    again, again_gradient = loss_and_gradient(params, True)
+    kept, kept_gradient = loss_and_gradient(params, "none")
+    again, again_gradient = loss_and_gradient(params, remat)
     assert float(again) == pytest.approx(float(kept), rel=1e-5)
     for a, b in zip(*map(jax.tree.leaves, (again_gradient, kept_gradient)), strict=True):
         assert float(jnp.abs(b).max()) > 0, "every weight of the decoder is used"

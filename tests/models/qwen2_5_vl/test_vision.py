@@ -14,6 +14,7 @@ from transformers import Qwen2_5_VLConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as original
 
+from models.layers import Remat
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, random_params
 from models.qwen2_5_vl.positions import Grid, pack_frames
@@ -124,13 +125,16 @@ def test_pixels_are_normalised_by_clips_statistics_per_channel(tower: VisionTowe
 # ---- the tower ----
 
 
-def test_rematerialisation_changes_neither_features_nor_gradients(tower: VisionTower) -> None:
+@pytest.mark.parametrize("remat", ["products", "layer"])
+def test_rematerialisation_changes_neither_features_nor_gradients(
+    tower: VisionTower, remat: Remat
+) -> None:
     prompt = random_prompt(np.random.default_rng(0), [1, Grid(2, 6, 10)])
     batch = jax.tree.map(lambda x: x[None], prompt)
     graphdef, params = nnx.split(tower)
 
     @jax.jit(static_argnames="remat")
-    def features_and_gradient(params: nnx.State, remat: bool) -> tuple[jax.Array, nnx.State]:
+    def features_and_gradient(params: nnx.State, remat: Remat) -> tuple[jax.Array, nnx.State]:
         def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
             features = nnx.merge(graphdef, params)(
                 batch.patches, batch.patch_hw, batch.window_index, batch.frame_index, remat=remat
@@ -140,8 +144,8 @@ def test_rematerialisation_changes_neither_features_nor_gradients(tower: VisionT
         gradient, features = jax.grad(loss, has_aux=True)(params)
         return features, gradient
 
-    kept, kept_gradient = features_and_gradient(params, False)
-    again, again_gradient = features_and_gradient(params, True)
+    kept, kept_gradient = features_and_gradient(params, "none")
+    again, again_gradient = features_and_gradient(params, remat)
     np.testing.assert_allclose(again, kept, rtol=1e-5, atol=1e-6)
     for a, b in zip(*map(jax.tree.leaves, (again_gradient, kept_gradient)), strict=True):
         assert float(jnp.abs(b).max()) > 0, "every weight of the tower is used"
