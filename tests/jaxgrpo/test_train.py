@@ -165,7 +165,10 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
     assert_equals_reference(run_dir, reference)
     # The last start, which resumed at step 4, made what a run makes, and read all from the cache.
     expected = +expected_programs(1, kl=True, resumed=True)
-    assert json.loads(counts.read_text()) == [expected, expected.total()]
+    compiled, read, fetches = json.loads(counts.read_text())
+    assert (compiled, read) == (expected, expected.total())
+    # A step asks the device twice: for the completions, and for the rewards and metrics.
+    assert fetches["jaxgrpo.train"] == 2 * (6 - 4)
     # It knows what was left out and what the scores were when the run began.
     assert "notes: " in last.out
     row = next(x for x in last.out.splitlines() if x.startswith("tvg/mIoU "))
@@ -262,7 +265,7 @@ def test_a_finished_run_shows_its_scores_and_compiles_nothing(
     (run_dir / "curves.png").unlink()  # as if it was killed after its last checkpoint
     overrides = [*tiny_run.started(place), *tiny_run.mixed(place)]
     again = tiny_run.run(place, "train", run_dir, *overrides, counts=counts)
-    assert json.loads(counts.read_text()) == [{}, 0]
+    assert json.loads(counts.read_text()) == [{}, 0, {}]
     assert f"{run_dir} is finished: it has done its {STEPS} steps" in again.out
     row = next(x for x in again.out.splitlines() if x.startswith("tvg/mIoU "))
     before, after = (tiny_run.lines(reference, "eval")[i]["tvg/mIoU"] for i in (0, -1))

@@ -270,8 +270,9 @@ def run(
     Args:
       kill: a point to be killed at, see `arm`.
       term: a point to get SIGTERM at.
-      counts: where to write how often each program was compiled or read from the cache, and the
-        number of those read, as [{program: times}, read].
+      counts: where to write how often each program was compiled or read from the cache, the number
+        of those read, and how often each module fetched something from the device, as
+        [{program: times}, read, {module: times}].
       hangs: the name of a video whose decoder hangs.
       code: the exit code expected; by default that of success, of SIGKILL, or of preemption.
     """
@@ -487,6 +488,21 @@ def hang(name: str) -> None:
     video.open_video = hanging_open_video
 
 
+def count_fetches() -> collections.Counter[str]:
+    """Counts the calls of `jax.device_get` by the modules that make them."""
+    import jax
+
+    fetches = collections.Counter[str]()
+    device_get = jax.device_get
+
+    def counting_device_get(x: Any) -> Any:
+        fetches[sys._getframe(1).f_globals["__name__"]] += 1
+        return device_get(x)
+
+    jax.device_get = counting_device_get
+    return fetches
+
+
 def main() -> int:
     """See the top of the module."""
     parser = argparse.ArgumentParser()
@@ -517,13 +533,14 @@ def main() -> int:
         see_whole()
     if options.hang:
         hang(options.hang)
+    fetches = count_fetches()
     events = collections.Counter[str]()
     jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
     with CompileCounter() as counter:
         code = cli.main(options.rest)
     if options.counts:
         read = events["/jax/compilation_cache/cache_hits"]
-        Path(options.counts).write_text(json.dumps([counter.counts, read]))
+        Path(options.counts).write_text(json.dumps([counter.counts, read, fetches]))
     return code
 
 
