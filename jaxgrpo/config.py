@@ -11,6 +11,7 @@ machine), never of one that decides what is learnt: see `check_resume`.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -345,6 +346,9 @@ class Config:
         default="", metadata=_RESUMABLE
     )  # folder or bucket path that keeps compiled programs for the next start ("{run_dir}" in it is
     # that key's value, and all hosts of a job should see it); empty: none
+    profile: str = field(
+        default="", metadata=_RESUMABLE
+    )  # steps:10-12: `train` writes a jax.profiler trace of those to run_dir/profile; empty: none
 
     def __post_init__(self) -> None:
         _check("run_dir", self.run_dir, bool(self.run_dir), "the folder of the run")
@@ -355,6 +359,7 @@ class Config:
             not set("{}") & set(self.compilation_cache.replace("{run_dir}", "")),
             "a folder or bucket path, with no other braces than {run_dir}",
         )
+        profiled_steps(self.profile)
         manifests = (self.data.train, self.data.mixture, self.data.eval, self.data.eval_mixture)
         if self.data.synthetic is None and not any(manifests):
             raise ConfigError(
@@ -375,6 +380,20 @@ class Config:
             self.rollout.prompts % self.optim.accumulate == 0,
             f"a divisor of rollout.prompts ({self.rollout.prompts})",
         )
+
+
+def profiled_steps(profile: str) -> range:
+    """The steps that `profile` names, numbered from 1; none of "".
+
+    Raises:
+      ConfigError: it names none.
+    """
+    if not profile:
+        return range(0)
+    found = re.fullmatch(r"steps:(\d+)-(\d+)", profile)
+    steps = range(int(found[1]), int(found[2]) + 1) if found else range(0)
+    _check("profile", profile, bool(steps) and steps[0] > 0, "steps:FIRST-LAST, as in steps:10-12")
+    return steps
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -22,6 +22,7 @@ from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.policy import Params
 from jaxgrpo.processes import start_processes
+from jaxgrpo.profile import Profiler
 from jaxgrpo.programs import (
     Scores,
     answer_shapes,
@@ -146,6 +147,7 @@ def main(config: Config) -> None:
         rows = loader.rows  # of each batch, those of this process
         progress = Progress("GRPO", config.train.steps, run.first_step)
         watch = ConstantWatch(config.reward.constant_steps)
+        profiler = Profiler(config.profile, run.path)
         seed = put_scalar(mesh, config.seed)
         preemption.defer()
         with loader:
@@ -154,6 +156,7 @@ def main(config: Config) -> None:
             while batch is not None:
                 step, records = batch.step, [inputs.train.records[item] for item in batch.items]
                 program = programs[batch.bucket]
+                profiler.begin(step + 1)
                 begun = time.perf_counter()
 
                 # ---- rollout: the video once, the prompt once, G completions ----
@@ -206,6 +209,8 @@ def main(config: Config) -> None:
                 updated, earned = jax.device_get((updated, scores))
                 reward.check(earned.components)
                 ended = time.perf_counter()
+                if profiler.end(step + 1, last=following is None):
+                    progress.print(f"wrote a trace to {profiler.folder}")
                 for line in run.note_failures(batch.failures, inputs.train.records):
                     progress.print(line)
                 metrics = {
