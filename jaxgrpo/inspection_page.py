@@ -1,0 +1,167 @@
+"""What `jaxgrpo inspect` found, for people: the terminal's summary, histograms, one HTML page."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxgrpo.config import Config
+from jaxgrpo.findings import kinds
+from jaxgrpo.survey import Column, Survey
+
+if TYPE_CHECKING:
+    from jaxgrpo.inspection import Inspection
+
+_ROWS = 200  # of a list on the page; inspect.json has all
+_RESOLUTIONS = 8  # that have a bar of their own
+_BLUE, _GREY, _RED = "#3267a8", "#c9ced6", "#b3261e"
+
+
+# ---- the terminal ----
+
+
+def summary(found: Inspection) -> str:
+    """The verdict, what is wrong, and the figures in short."""
+    lines = [f"verdict: {found.verdict}"]
+    lines += [f"problem: {text}" for text in found.problems]
+    lines += [f"warning: {text}" for text in found.warnings]
+    lines += ["", *_described("training data", found.train)]
+    lines += ["", *_described("evaluation data", found.evaluation)]
+    for item in found.shown:
+        lines += [
+            "",
+            f"{item.id} ({item.task}): {item.frames} frames of {item.frame_size} pixels",
+            f"  right: {item.truth}",
+            *(f"  | {line}" for line in item.prompt.splitlines()),
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _described(title: str, part: Survey) -> list[str]:
+    left_out = part.questions - part.items
+    lines = [f"{title}: {part.items} items" + (f" ({left_out} left out)" if left_out else "")]
+    lines += [
+        f"  {x.manifest}: {x.items} {x.task}"
+        + (f", weight {x.weight:g}, {x.draws:.1%} of the draws" if part.steps else "")
+        for x in part.parts
+    ]
+    lines.append(f"  {'':<30}{'least':>10}{'median':>10}{'95 %':>10}{'most':>10}")
+    for name, column in part.columns.items():
+        cells = (column.least, column.median, column.p95, column.most)
+        lines.append(f"  {name:<30}" + "".join(f"{cell:>10.5g}" for cell in cells))
+    for bucket in part.buckets:
+        if not bucket.items:
+            lines.append(f"  bucket of {bucket.tokens} tokens: empty, costs nothing")
+            continue
+        steps = "" if bucket.steps is None else f", {bucket.steps} steps an epoch"
+        lines.append(
+            f"  bucket of {bucket.tokens} tokens: {bucket.items} items{steps}; computed for each "
+            f"real one: {bucket.token_ratio:.2f} tokens, {bucket.patch_ratio:.2f} patches"
+        )
+    if part.steps:
+        s = part.steps
+        lines.append(
+            f"  {s.epoch} steps an epoch; train.steps={s.run} are {s.run / s.epoch:.2f} epochs"
+        )
+    a = part.answers
+    lines.append(
+        f"  right answers earn {a.reward:.3f} on average ({part.items - len(a.short)} of "
+        f"{part.items} the most there is), an empty completion {a.empty:.3f}"
+    )
+    return lines
+
+
+# ---- pictures ----
+
+
+def histograms(train: Survey, evaluation: Survey) -> bytes:
+    """What the training data is like, as PNG; evaluation as a line, where it has the figure."""
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(2, 4).flat)
+    for axes, (name, column) in zip(panels, train.columns.items(), strict=False):
+        _histogram(axes, name, column)
+    _resolutions(panels[6], train)
+    _filling(panels[7], train)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=100)
+    return png.getvalue()
+
+
+def _histogram(axes: Axes, name: str, column: Column) -> None:
+    edges = np.array(column.edges)
+    axes.bar(edges[:-1], column.counts, np.diff(edges), align="edge", color=_BLUE)
+    axes.axvline(column.median, color=_RED, linewidth=1)
+    axes.set_title(f"{name}\nmedian {column.median:.4g}", fontsize=11)
+    _count_axis(axes)
+
+
+def _resolutions(axes: Axes, part: Survey) -> None:
+    bars = list(part.resolutions.items())
+    more = sum(count for _, count in bars[_RESOLUTIONS:])
+    bars = bars[:_RESOLUTIONS] + ([("others", more)] if more else [])
+    names, counts = zip(*bars, strict=True)
+    axes.barh(names, counts, color=_BLUE)
+    axes.invert_yaxis()
+    axes.set_title("resolution of the file (pixels)", fontsize=11)
+    axes.set_xlabel("items")
+
+
+def _filling(axes: Axes, part: Survey) -> None:
+    """Tokens that are computed in an epoch, by bucket, the real ones apart."""
+    used = [bucket for bucket in part.buckets if bucket.items]
+    names = [str(bucket.tokens) for bucket in used]
+    computed = np.array([bucket.tokens * bucket.items for bucket in used], float)
+    real = computed / np.array([bucket.token_ratio for bucket in used])
+    axes.bar(names, real, color=_BLUE, label="real")
+    axes.bar(names, computed - real, bottom=real, color=_GREY, label="padding")
+    for place, (bucket, height) in enumerate(zip(used, computed, strict=True)):
+        axes.annotate(
+            f"{bucket.items} items\nx {bucket.token_ratio:.2f}",
+            (place, height),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+        )
+    axes.margins(y=0.2)
+    axes.set_title("buckets: tokens of all items", fontsize=11)
+    axes.set_xlabel("bucket (tokens)")
+    axes.legend(fontsize="small", loc="upper right")
+
+
+def _count_axis(axes: Axes) -> None:
+    axes.set_ylabel("items")
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# ---- the page ----
+
+
+def page(found: Inspection, config: Config, pictures: str) -> str:
+    """The HTML; whatever users wrote is escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("inspection.html")
+    return template.render(
+        found=found,
+        config=config,
+        parts=(("Training data", found.train), ("Evaluation data", found.evaluation)),
+        pictures=pictures,
+        kinds=kinds,
+        rows=_ROWS,
+    )
