@@ -101,12 +101,16 @@ def _about(shape: tuple[int, ...], shown: int, scale: float, spans: Sequence[Spa
 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """As much of a text as fits, less a margin."""
-    if font.getlength(text) <= width - 2 * _GAP:
-        return text
-    while text and font.getlength(f"{text}...") > width - 2 * _GAP:
-        text = text[:-1]
-    return f"{text}..."
+    """As much of a text as fits on one line, less a margin."""
+    room = width - 2 * _GAP
+    line = " ".join(text.split())
+    length = font.getlength(line)
+    if length <= room:
+        return line
+    kept = line[: int(len(line) * room / length)]
+    while font.getlength(f"{kept}...") > room:
+        kept = kept[:-1]
+    return f"{kept}..."
 
 
 def _draw_timeline(

@@ -14,10 +14,10 @@ _WASTE = 1.5  # tokens computed for each real one, above which a bucket is worth
 
 def problem(key: str, part: Survey, largest: int, mend: str) -> str:
     """Prompts that fit no bucket, which training refuses; `mend` says which key would help."""
-    named = [f"{x.id} by {x.over} ({x.tokens} tokens)" for x in part.overflows]
+    named = [f"{x.id} by {x.over} tokens ({x.tokens})" for x in part.overflows]
     return (
-        f"{key}: {counted(len(named), 'prompt')} exceed the largest bucket of {largest} tokens: "
-        f"{_first(named)}; {mend}"
+        f"{key}: the largest bucket, of {largest} tokens, is too small for "
+        f"{counted(len(named), 'prompt')}: {_first(named)}; {mend}"
     )
 
 
@@ -28,8 +28,8 @@ def warnings(key: str, part: Survey, config: Config) -> Iterator[str]:
         told = ", ".join(f"{count} {kind}" for kind, count in kinds(part).items())
         named = [f"{bad.id} ({bad.kind})" for bad in part.bad]
         yield (
-            f"{key}: {len(part.bad)} of {part.questions} items are left out, their videos cannot "
-            f"be used ({told}): {_first(named)}"
+            f"{key}: {len(part.bad)} of {part.questions} items left out, their videos cannot be "
+            f"used ({told}): {_first(named)}"
         )
     if answers.short:
         named = [

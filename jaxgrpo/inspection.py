@@ -41,6 +41,8 @@ FIGURES = "inspect.json"
 PAGE = "index.html"
 HISTOGRAMS = "figures.png"
 
+_TRIES = 5  # items of a task that are decoded, until one can be
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -103,7 +105,7 @@ def main(config: Config, out: str | None, as_json: bool, show: Sequence[str]) ->
     folder = _folder(config, out)
     with contextlib.redirect_stdout(sys.stderr):  # only the result goes to stdout
         found, pictures = inspect(config, show)
-        pictures[HISTOGRAMS] = inspection_page.histograms(found.train, found.evaluation)
+        pictures[HISTOGRAMS] = inspection_page.histograms(found.train)
     figures = {
         "trainable": found.trainable,
         "verdict": found.verdict,
@@ -158,14 +160,17 @@ def inspect(config: Config, show: Sequence[str]) -> tuple[Inspection, dict[str, 
     told = [text for key, part in found.items() for text in warnings(key, part, config)]
     print("decoding the items that are shown ...", flush=True)
     shown, pictures = [], {}
-    for item in _chosen(inputs.train, show):
-        try:
-            one, picture = _show(config, inputs, item, measured["data.train"].probes)
-        except VideoError as error:
-            told.append(f"{inputs.train.records[item].id} cannot be decoded: {error}")
-            continue
-        shown.append(one)
-        pictures[one.picture] = picture
+    for items in _chosen(inputs.train, show):
+        for item in items[:_TRIES]:
+            try:
+                one, picture = _show(config, inputs, item, measured["data.train"].probes)
+            except VideoError as error:
+                name = inputs.train.records[item].id
+                told.append(f"data.train: {name} cannot be decoded: {error.kind}: {error}")
+                continue
+            shown.append(one)
+            pictures[one.picture] = picture
+            break
     done = Inspection(
         tuple(problems), tuple(told), found["data.train"], found["data.eval"], tuple(shown)
     )
@@ -191,15 +196,17 @@ def _folder(config: Config, out: str | None) -> Path:
 # ---- the items that are shown ----
 
 
-def _chosen(dataset: Dataset, show: Sequence[str]) -> list[int]:
-    """The first item of each task, and those asked for."""
+def _chosen(dataset: Dataset, show: Sequence[str]) -> list[list[int]]:
+    """For each task its items, of which the first that can be decoded is shown; those of `show`."""
     numbers = {record.id: item for item, record in enumerate(dataset.records)}
     if unknown := [name for name in show if name not in numbers]:
         raise InputError(
             f"--show {unknown[0]}: data.train has no such item that can be read and fits a bucket"
         )
-    first = {record.task: item for item, record in reversed(list(enumerate(dataset.records)))}
-    return sorted({*first.values(), *(numbers[name] for name in show)})
+    of_task: dict[str, list[int]] = {}
+    for item, record in enumerate(dataset.records):
+        of_task.setdefault(record.task, []).append(item)
+    return [*of_task.values(), *([numbers[name]] for name in dict.fromkeys(show))]
 
 
 def _show(config: Config, inputs: Inputs, item: int, probes: dict[str, Any]) -> tuple[Shown, bytes]:

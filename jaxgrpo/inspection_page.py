@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxgrpo.config import Config
 from jaxgrpo.findings import kinds
@@ -82,26 +82,34 @@ def _described(title: str, part: Survey) -> list[str]:
 # ---- pictures ----
 
 
-def histograms(train: Survey, evaluation: Survey) -> bytes:
-    """What the training data is like, as PNG; evaluation as a line, where it has the figure."""
+def histograms(part: Survey) -> bytes:
+    """What the training data is like, as PNG."""
     figure = Figure(figsize=(14, 7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(2, 4).flat)
-    for axes, (name, column) in zip(panels, train.columns.items(), strict=False):
-        _histogram(axes, name, column)
-    _resolutions(panels[6], train)
-    _filling(panels[7], train)
+    limits = {"answer (tokens)": f", at most {part.answers.limit}"}
+    for axes, (name, column) in zip(panels, part.columns.items(), strict=False):
+        _histogram(axes, name, column, limits.get(name, ""))
+    _resolutions(panels[6], part)
+    _filling(panels[7], part)
     png = io.BytesIO()
     figure.savefig(png, dpi=100)
     return png.getvalue()
 
 
-def _histogram(axes: Axes, name: str, column: Column) -> None:
+def _histogram(axes: Axes, name: str, column: Column, limit: str) -> None:
+    if column.least == column.most:
+        axes.set_title(name, fontsize=11)
+        axes.text(0.5, 0.5, f"all {column.most:g}{limit}", ha="center", fontsize=13)
+        axes.set_axis_off()
+        return
     edges = np.array(column.edges)
     axes.bar(edges[:-1], column.counts, np.diff(edges), align="edge", color=_BLUE)
     axes.axvline(column.median, color=_RED, linewidth=1)
-    axes.set_title(f"{name}\nmedian {column.median:.4g}", fontsize=11)
-    _count_axis(axes)
+    axes.set_title(f"{name}\nmedian {column.median:.4g}{limit}", fontsize=11)
+    axes.set_ylabel("items")
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _resolutions(axes: Axes, part: Survey) -> None:
@@ -110,36 +118,31 @@ def _resolutions(axes: Axes, part: Survey) -> None:
     bars = bars[:_RESOLUTIONS] + ([("others", more)] if more else [])
     names, counts = zip(*bars, strict=True)
     axes.barh(names, counts, color=_BLUE)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(bars), 4) - 0.5, -0.5)  # the first one on top, none too thick
     axes.set_title("resolution of the file (pixels)", fontsize=11)
     axes.set_xlabel("items")
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _filling(axes: Axes, part: Survey) -> None:
-    """Tokens that are computed in an epoch, by bucket, the real ones apart."""
+    """Tokens that are computed for all items, by bucket, the real ones apart."""
     used = [bucket for bucket in part.buckets if bucket.items]
-    names = [str(bucket.tokens) for bucket in used]
     computed = np.array([bucket.tokens * bucket.items for bucket in used], float)
     real = computed / np.array([bucket.token_ratio for bucket in used])
-    axes.bar(names, real, color=_BLUE, label="real")
-    axes.bar(names, computed - real, bottom=real, color=_GREY, label="padding")
-    for place, (bucket, height) in enumerate(zip(used, computed, strict=True)):
-        axes.annotate(
-            f"{bucket.items} items\nx {bucket.token_ratio:.2f}",
-            (place, height),
-            ha="center",
-            va="bottom",
-            fontsize=9,
-        )
-    axes.margins(y=0.2)
-    axes.set_title("buckets: tokens of all items", fontsize=11)
+    places = np.arange(len(used))
+    axes.bar(places, real, 0.6, color=_BLUE, label="real")
+    axes.bar(places, computed - real, 0.6, bottom=real, color=_GREY, label="padding")
+    for place, bucket in enumerate(used):
+        told = f"{bucket.items} items\nx {bucket.token_ratio:.2f}"
+        axes.annotate(told, (place, computed[place]), ha="center", va="bottom", fontsize=9)
+    axes.set_xticks(places, [str(bucket.tokens) for bucket in used])
+    axes.set_xlim(-0.9, len(used) - 0.1)
+    axes.set_ylim(0, 1.45 * computed.max())
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_title("tokens of all items by bucket", fontsize=11)
     axes.set_xlabel("bucket (tokens)")
-    axes.legend(fontsize="small", loc="upper right")
-
-
-def _count_axis(axes: Axes) -> None:
-    axes.set_ylabel("items")
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.legend(fontsize="small", loc="upper left", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 

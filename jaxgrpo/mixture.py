@@ -76,7 +76,7 @@ class Share(NamedTuple):
     """How much of a dataset some of its questions are."""
 
     items: int
-    weight: float  # of each of them
+    weight: float  # of each of them, on average
     draws: float  # of all draws, 0 to 1
 
 
@@ -90,7 +90,8 @@ def draws(
         given[manifest, record.task].append(weight)
     total = sum(weights)
     return {
-        key: Share(len(part), part[0], sum(part) / total) for key, part in sorted(given.items())
+        key: Share(len(part), sum(part) / len(part), sum(part) / total)
+        for key, part in sorted(given.items())
     }
 
 
