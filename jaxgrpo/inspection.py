@@ -114,6 +114,8 @@ def main(config: Config, out: str | None, as_json: bool, show: Sequence[str]) ->
     }
     text = json.dumps(figures, indent=1, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("item-*.png"):
+        stale.unlink()
     for name, picture in pictures.items():
         (folder / name).write_bytes(picture)
     write_atomically(folder / PAGE, inspection_page.page(found, config, HISTOGRAMS))
@@ -122,7 +124,8 @@ def main(config: Config, out: str | None, as_json: bool, show: Sequence[str]) ->
         print(text)
     else:
         print(inspection_page.summary(found))
-        print(f"wrote {folder / PAGE}, {FIGURES} and {counted(len(pictures), 'picture')} beside it")
+        beside = ", ".join([FIGURES, *sorted(pictures)])
+        print(f"wrote {folder / PAGE}, and beside it {beside}")
         again = "mend the problems above, then run the same command again"
         print(f"next: {'jaxgrpo train CONFIG' if found.trainable else again}")
     return 0 if found.trainable else 2
@@ -159,7 +162,8 @@ def inspect(config: Config, show: Sequence[str]) -> tuple[Inspection, dict[str, 
     ]
     told = [text for key, part in found.items() for text in warnings(key, part, config)]
     print("decoding the items that are shown ...", flush=True)
-    shown, pictures = [], {}
+    shown: dict[int, Shown] = {}
+    pictures = {}
     for items in _chosen(inputs.train, show):
         for item in items[:_TRIES]:
             try:
@@ -168,11 +172,10 @@ def inspect(config: Config, show: Sequence[str]) -> tuple[Inspection, dict[str, 
                 name = inputs.train.records[item].id
                 told.append(f"data.train: {name} cannot be decoded: {error.kind}: {error}")
                 continue
-            shown.append(one)
-            pictures[one.picture] = picture
+            shown[item], pictures[one.picture] = one, picture
             break
     done = Inspection(
-        tuple(problems), tuple(told), found["data.train"], found["data.eval"], tuple(shown)
+        tuple(problems), tuple(told), found["data.train"], found["data.eval"], tuple(shown.values())
     )
     return done, pictures
 
@@ -197,7 +200,8 @@ def _folder(config: Config, out: str | None) -> Path:
 
 
 def _chosen(dataset: Dataset, show: Sequence[str]) -> list[list[int]]:
-    """For each task its items, of which the first that can be decoded is shown; those of `show`."""
+    """Lists of items of which the first that can be decoded is shown: those asked for one by one,
+    and all of each task."""
     numbers = {record.id: item for item, record in enumerate(dataset.records)}
     if unknown := [name for name in show if name not in numbers]:
         raise InputError(
@@ -206,7 +210,7 @@ def _chosen(dataset: Dataset, show: Sequence[str]) -> list[list[int]]:
     of_task: dict[str, list[int]] = {}
     for item, record in enumerate(dataset.records):
         of_task.setdefault(record.task, []).append(item)
-    return [*of_task.values(), *([numbers[name]] for name in dict.fromkeys(show))]
+    return [[numbers[name]] for name in dict.fromkeys(show)] + list(of_task.values())
 
 
 def _show(config: Config, inputs: Inputs, item: int, probes: dict[str, Any]) -> tuple[Shown, bytes]:

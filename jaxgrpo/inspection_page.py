@@ -46,8 +46,9 @@ def summary(found: Inspection) -> str:
 
 
 def _described(title: str, part: Survey) -> list[str]:
-    left_out = part.questions - part.items
-    lines = [f"{title}: {part.items} items" + (f" ({left_out} left out)" if left_out else "")]
+    left_out = {"videos that cannot be used": part.bad, "prompts too long": part.overflows}
+    told = ", ".join(f"{len(items)} {what}" for what, items in left_out.items() if items)
+    lines = [f"{title}: {part.items} items" + (f", without {told}" if told else "")]
     lines += [
         f"  {x.manifest}: {x.items} {x.task}"
         + (f", weight {x.weight:g}, {x.draws:.1%} of the draws" if part.steps else "")
@@ -87,7 +88,7 @@ def histograms(part: Survey) -> bytes:
     figure = Figure(figsize=(14, 7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(2, 4).flat)
-    limits = {"answer (tokens)": f", at most {part.answers.limit}"}
+    limits = {"answer (tokens)": f", limit {part.answers.limit}"}
     for axes, (name, column) in zip(panels, part.columns.items(), strict=False):
         _histogram(axes, name, column, limits.get(name, ""))
     _resolutions(panels[6], part)

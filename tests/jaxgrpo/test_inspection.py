@@ -109,7 +109,7 @@ def test_the_mend_mends_and_the_next_command_is_named(
         "do not earn the most that the reward gives: two spans (0.833 of 1: format 1, iou 0.667)",
         "data.train: 1 true span beyond the end of the video: outside (100-101 s of ",
         "data.train: cut cannot be decoded: truncated: ",
-        "data.train: 9 of 17 items are never drawn in train.steps=2 of 4 prompts",
+        "data.train: 8 of 16 items are never drawn in train.steps=2 of 4 prompts",
     ],
 )
 def test_what_training_goes_on_with_is_a_warning(report: Report, told: str) -> None:
@@ -151,6 +151,7 @@ def test_one_item_of_each_task_is_shown_and_those_asked_for(report: Report) -> N
     assert {task for task, _ in shown} == {"mcqa", "tvg", "gqa"}
     assert ("mcqa", "markup") in shown
     assert ("tvg", "cut") not in shown  # another one stands for its task
+    assert len(shown) == 3 + 1
     for item in report.figures["shown"]:
         with Image.open(report.folder / item["picture"]) as picture:
             assert picture.format == "PNG" and min(picture.size) > 100
@@ -200,9 +201,14 @@ def test_an_earlier_report_is_replaced_and_lies_beside_the_run(
 ) -> None:
     run = tmp_path / "runs" / "a"
     arguments = [str(place.config), f"run_dir={run}"]
-    for _ in range(2):
-        assert cli.main(["inspect", *arguments]) == 0
-    assert (tmp_path / "runs" / "a-inspect" / "index.html").is_file()
+    folder = tmp_path / "runs" / "a-inspect"
+    folder.mkdir(parents=True)
+    for name in ("inspect.json", "item-7-mcqa.png"):
+        (folder / name).write_text("of an earlier report")
+    assert cli.main(["inspect", *arguments]) == 0
+    assert json.loads((folder / "inspect.json").read_text())["trainable"]
+    assert not (folder / "item-7-mcqa.png").exists()
+    assert (folder / "index.html").is_file()
     assert not run.exists()
 
 
