@@ -91,6 +91,8 @@ def histograms(part: Survey) -> bytes:
     limits = {"answer (tokens)": f", limit {part.answers.limit}"}
     for axes, (name, column) in zip(panels, part.columns.items(), strict=False):
         _histogram(axes, name, column, limits.get(name, ""))
+    for axes in panels[len(part.columns) : 6]:
+        axes.set_axis_off()
     _resolutions(panels[6], part)
     _filling(panels[7], part)
     png = io.BytesIO()

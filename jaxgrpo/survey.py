@@ -10,28 +10,22 @@ import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from data.probe import Probe
-from data.prompts import PromptError, target_text
 from data.records import ROUNDING, SPAN_TASKS, Record
 from jaxgrpo.config import Config
 from jaxgrpo.dataset import Dataset, step_plan
 from jaxgrpo.inputs import Measured
 from jaxgrpo.mixture import draws
-from jaxgrpo.rescore import Stored, rescore
+from jaxgrpo.right_answers import RightAnswers, score_targets, write_targets
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.processor import Processor
-from models.qwen2_5_vl.sizes import ProcessorError, Size
-from rewards.dual import bounds
+from models.qwen2_5_vl.sizes import Size
 from rewards.reward import Reward
 
 _BARS = 24  # of a histogram, at most
-
-# Times in a completion are rounded, by at most 0.2 % of the span (`data.prompts.target_text`).
-_ROUNDED = 0.005
 
 
 @dataclass(frozen=True)
@@ -108,32 +102,6 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Short:
-    """A right answer that does not earn the most."""
-
-    id: str
-    reward: float
-    most: float
-    components: dict[str, float]  # those of the task
-
-
-@dataclass(frozen=True)
-class RightAnswers:
-    """What the completions with the right answers are, and what they earn.
-
-    Their thought is the record's rationale, else empty. A bonus for length (`reward.length`) is
-    left out: it is earned by thinking.
-    """
-
-    reward: float  # mean
-    empty: float  # mean reward of an empty completion
-    short: tuple[Short, ...]
-    too_long: dict[str, int]  # id -> tokens, above the limit
-    limit: int  # tokens of a completion
-    unwritten: dict[str, str]  # id -> why no completion can be written
-
-
-@dataclass(frozen=True)
 class Survey:
     """One dataset."""
 
@@ -173,12 +141,9 @@ def survey(
     """
     vision = processor.config.vision
     training = key == "data.train"
-    limit = config.rollout.max_new_tokens
-    if not training:
-        limit = config.eval.max_new_tokens or limit
-    texts, tokens, unwritten = _targets(dataset.records, processor, config.data.thinking)
+    targets = write_targets(dataset.records, processor, config.data.thinking)
     columns, resolutions = _columns(dataset, measured, vision)
-    columns["answer (tokens)"] = np.array([count for count in tokens if count])
+    columns["answer (tokens)"] = np.array([count for count in targets.tokens if count])
     steps, of_bucket = _steps(config, dataset) if training else (None, {})
     return Survey(
         questions=len(measured.probes),
@@ -191,7 +156,7 @@ def survey(
         resolutions=resolutions,
         buckets=_buckets(dataset, of_bucket if training else None),
         steps=steps,
-        answers=_right_answers(dataset.records, texts, tokens, reward, limit, unwritten),
+        answers=score_targets(dataset.records, targets, reward),
     )
 
 
@@ -342,63 +307,3 @@ def _steps(config: Config, dataset: Dataset) -> tuple[Steps, dict[int, int]]:
             never.difference_update(items)
     names = tuple(dataset.records[item].id for item in sorted(never))
     return Steps(plan.prompts, epoch, run, names), of_bucket
-
-
-def _targets(
-    records: Sequence[Record], processor: Processor, thinking: bool
-) -> tuple[list[str], list[int], dict[str, str]]:
-    """Completions with the right answer, their tokens (0 where there is none), and why not."""
-    texts, tokens, unwritten = [], [], {}
-    for record in records:
-        text, count = "", 0
-        try:
-            text = target_text(record, thinking)
-            count = len(processor.encode_completion(text))
-        except (PromptError, ProcessorError) as error:
-            unwritten[record.id] = str(error)
-        texts.append(text)
-        tokens.append(count)
-    return texts, tokens, unwritten
-
-
-def _right_answers(
-    records: Sequence[Record],
-    texts: Sequence[str],
-    tokens: Sequence[int],
-    reward: Reward,
-    limit: int,
-    unwritten: dict[str, str],
-) -> RightAnswers:
-    completions = [
-        Stored(said, length, record, (number,), {})
-        for number, (record, text, count) in enumerate(zip(records, texts, tokens, strict=True))
-        for said, length in ((text, count), ("", 1))  # an empty one is its stop token
-    ]
-    scores = rescore(completions, reward).after
-    total = scores.pop("total")
-    bonus = reward.options.length.weight
-    if bonus:
-        total = total - bonus * scores.pop("length")
-    short = []
-    for number, record in enumerate(records):
-        most = bounds(record.task, reward.weights, reward.options)[1] - bonus
-        earned = float(total[2 * number])
-        if earned < most - _ROUNDED * abs(most) and record.id not in unwritten:
-            of_task = {name: float(values[2 * number]) for name, values in scores.items()}
-            of_task = {name: value for name, value in of_task.items() if not np.isnan(value)}
-            short.append(Short(record.id, earned, most, of_task))
-    return RightAnswers(
-        reward=float(np.mean(total[::2])),
-        empty=float(np.mean(total[1::2])),
-        short=tuple(short),
-        too_long={
-            record.id: count for record, count in zip(records, tokens, strict=True) if count > limit
-        },
-        limit=limit,
-        unwritten=unwritten,
-    )
-
-
-def plain(found: Survey) -> dict[str, Any]:
-    """Ready for JSON."""
-    return dataclasses.asdict(found)

@@ -8,7 +8,8 @@ import pytest
 
 from jaxgrpo import config
 from jaxgrpo.findings import problem, warnings
-from jaxgrpo.survey import Bad, Bucket, Outside, Overflow, Short, Steps, Survey
+from jaxgrpo.right_answers import Short
+from jaxgrpo.survey import Bad, Bucket, Outside, Overflow, Steps, Survey
 from tests.jaxgrpo.surveys import ANSWERS, a_survey
 
 CONFIG = config.from_dict(

@@ -11,7 +11,8 @@ from PIL import Image
 from jaxgrpo import config
 from jaxgrpo.inspection import Inspection, Shown
 from jaxgrpo.inspection_page import histograms, page, summary
-from jaxgrpo.survey import Bad, Bucket, Column, Outside, Overflow, Short
+from jaxgrpo.right_answers import Short
+from jaxgrpo.survey import Bad, Bucket, Column, Outside, Overflow
 from tests.jaxgrpo.surveys import ANSWERS, a_survey
 
 CONFIG = config.from_dict({"run_dir": "r<u>n", "model": {"path": "m"}, "data": {"train": "t"}})

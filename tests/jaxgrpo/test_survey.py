@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from jaxgrpo.load import open_processor
 from jaxgrpo.scoring import open_reward
 from jaxgrpo.survey import Survey, mend_overflows, survey
 from models.qwen2_5_vl.processor import Processor
-from rewards.parse import RewardError
 from tests.data.broken import write_odd
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import Workplace
@@ -113,62 +111,6 @@ def test_steps_are_those_of_the_plan(place: Workplace, processor: Processor) -> 
     drawn = {item for step in range(2) for item in plan.step(step).items}
     assert len(found.steps.never) == len(train.records) - len(drawn) > 0
     assert {train.records[item].id for item in drawn}.isdisjoint(found.steps.never)
-
-
-# ---- the reward of the right answers ----
-
-
-def test_the_right_answer_earns_the_most_but_where_one_answer_cannot(
-    place: Workplace, processor: Processor, tmp_path: Path
-) -> None:
-    record = tvg(place)
-    records = [
-        dataclasses.replace(record, id="rounded", spans=((1.23456, 3.21987),)),
-        dataclasses.replace(record, id="two", spans=((0.0, 1.0), (3.0, 4.0))),
-    ]
-    answers = surveyed(of_records(place, tmp_path, records), processor).answers
-    [short] = answers.short
-    assert short.id == "two" and short.most == 1.0
-    assert short.reward == pytest.approx(0.5 + 0.5 * 0.5)
-    assert short.components == pytest.approx({"format": 1.0, "iou": 0.5})
-    assert answers.empty == 0.0
-
-
-def test_a_bonus_for_length_is_not_asked_of_the_right_answer_but_a_penalty_counts(
-    place: Workplace, processor: Processor, tmp_path: Path
-) -> None:
-    records = [tvg(place)]
-    bonus = "reward.length={weight: 0.2, min: 320, max: 512}"
-    assert surveyed(of_records(place, tmp_path, records, bonus), processor).answers.short == ()
-    penalty = "reward.overlong={weight: 1.0, cache: 29}"  # of a limit of 30: it grows from 1 on
-    [short] = surveyed(of_records(place, tmp_path, records, penalty), processor).answers.short
-    assert short.components["overlong"] < 0 and short.reward < short.most
-
-
-def test_an_answer_longer_than_a_completion_can_be_is_named(
-    place: Workplace, processor: Processor, tmp_path: Path
-) -> None:
-    config = of_records(place, tmp_path, [tvg(place)], "rollout.max_new_tokens=5")
-    answers = surveyed(config, processor).answers
-    assert answers.limit == 5 and answers.too_long[tvg(place).id] > 5
-
-
-def test_a_record_without_a_right_completion_says_why(
-    place: Workplace, processor: Processor, tmp_path: Path
-) -> None:
-    records = [dataclasses.replace(tvg(place), rationale="So </think> it is.")]
-    answers = surveyed(of_records(place, tmp_path, records), processor).answers
-    assert "the rationale holds '</think>'" in answers.unwritten[records[0].id]
-    assert answers.short == ()
-
-
-def test_what_training_refuses_to_score_is_refused(
-    place: Workplace, processor: Processor, tmp_path: Path
-) -> None:
-    records = [dataclasses.replace(tvg(place), duration=None)]
-    config = of_records(place, tmp_path, records, "reward.temporal=tiou")
-    with pytest.raises(RewardError, match="needs the length of its video"):
-        surveyed(config, processor)
 
 
 # ---- prompts that do not fit ----
