@@ -71,6 +71,8 @@ def test_whatever_users_wrote_is_text_on_the_page() -> None:
 def test_a_long_list_is_cut_on_the_page() -> None:
     found = Tags(page(FOUND, CONFIG, "figures.png"))
     assert f"{HOSTILE}199" in found.text and f"{HOSTILE}299" not in found.text
+    assert found.text.count("more, in inspect.json") == 1
+    assert "and 100 more, in inspect.json" in found.text
 
 
 def test_the_summary_says_what_is_wrong_first() -> None:
