@@ -1,4 +1,4 @@
-"""The command line: `jaxgrpo {sft,train,eval,convert,pack,plan,export,verify,rescore}`.
+"""The command line: `jaxgrpo COMMAND`, such as inspect, train, eval and export; see `--help`.
 
 A command imports what it needs when it runs, so that `jaxgrpo --help` and a mistyped config key
 answer at once. A user's mistake (any `ValueError` subclass of our four packages, a missing file,
@@ -23,6 +23,7 @@ from jaxgrpo import config, preemption, strict_yaml
 
 _GOES_ON = "the same command goes on from the last checkpoint, if there is one yet"
 _AFTER_INTERRUPTION = {
+    "inspect": "no report was written",
     "sft": _GOES_ON,
     "train": _GOES_ON,
     "eval": "no scores were written",
@@ -121,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jaxgrpo {jaxgrpo.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in (
+        ("inspect", "before renting anything: the items, prompts and frames a run would train on"),
         ("sft", "supervised fine-tuning: the cold start, or a baseline"),
         ("train", "GRPO, the main job: evaluates, trains, evaluates again"),
         ("eval", "greedy evaluation of a model directory or a run"),
@@ -129,6 +131,18 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", "what training will need on a TPU slice or GPUs; neither is needed for it"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
+        if name == "inspect":
+            command.add_argument(
+                "--out", metavar="DIR", help="the folder to write (default: run_dir + -inspect)"
+            )
+            command.add_argument(
+                "--show",
+                action="append",
+                default=[],
+                metavar="ID",
+                help="show this item too; may be given several times",
+            )
+            command.add_argument("--json", action="store_true", help="figures for programs")
         if name == "plan":
             command.add_argument("--topology", required=True, help="such as v5e:8x8 or h100:8")
             command.add_argument("--slices", type=int, default=1, help="TPU slices of that shape")
@@ -243,6 +257,10 @@ def _run(options: argparse.Namespace) -> int:
         from jaxgrpo import plan
 
         return plan.main(settings, options.topology, options.slices, options.json)
+    if options.command == "inspect":
+        from jaxgrpo import inspection
+
+        return inspection.main(settings, options.out, options.json, options.show)
     if options.command == "rescore":
         from jaxgrpo import rescore
 

@@ -51,6 +51,15 @@ class Inputs(NamedTuple):
         return {f"data/frame_store_{name}": count for name, count in served.items()}
 
 
+class Measured(NamedTuple):
+    """The questions of one key's manifests whose videos can be read, before they are sorted."""
+
+    usable: list[tuple[Record, Size]]  # with what the prompts need, in the manifests' order
+    probes: dict[str, Probe | VideoError]  # by id, of all questions: what their videos claim
+    clips: Clips  # where the videos are
+    weights: dict[str, float]  # by id, see `Dataset.weights`
+
+
 class Target(NamedTuple):
     """A prompt and the completion to learn, for supervised training."""
 
@@ -111,6 +120,26 @@ def prepare(
         be asked, prompts do not fit the largest bucket, or the hosts see different data.
       ManifestError, MixtureError, SyntheticError, StorageError: see there.
     """
+    measured, bad = measure(
+        config, processor, train=train, evaluation=evaluation, excluded=excluded
+    )
+    for key, found in measured.items():
+        check_fits(key, found.usable, config.data.buckets)
+    return sort_into_buckets(config, processor, measured, bad)
+
+
+def measure(
+    config: Config,
+    processor: Processor,
+    *,
+    train: bool,
+    evaluation: bool,
+    excluded: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Measured], dict[str, str]]:
+    """The first half of `prepare`: by key what can be read, and "KEY/ID" -> what cannot, and why.
+
+    Raises: as `prepare`, but nothing about buckets.
+    """
     data = config.data
     needed = {"data.train": train, "data.eval": evaluation}
     named = {key: parts for key, parts in manifests(data).items() if needed[key]}
@@ -125,7 +154,7 @@ def prepare(
         records["data.eval"] = records["data.eval"][: config.eval.limit]
 
     bad = dict(excluded or {})
-    measured: dict[str, list[tuple[Record, Size]]] = {}
+    measured: dict[str, Measured] = {}
     for key, rows in records.items():
         probes = clips[key].probe(rows, data.threads, data.timeout)
         left_out = {record.id for record in rows if f"{key}/{record.id}" in bad}
@@ -134,30 +163,42 @@ def prepare(
         if not usable:
             shown = "\n".join(list(errors.values())[:_SHOWN])
             raise InputError(f"none of the {len(rows)} videos of {key} can be read:\n{shown}")
-        measured[key] = usable
-    swapped: list[tuple[Record, Size]] = []
-    if evaluation:
-        swapped = _swap_videos(measured["data.eval"], clips["data.eval"], processor, data)
-    for key, usable in measured.items():
-        _check_fits(key, usable, data.buckets)
+        measured[key] = Measured(usable, probes, clips[key], opened[key].weights)
+    return measured, bad
 
-    # Training is sized by itself, so that eval.limit does not change its programs.
+
+def sort_into_buckets(
+    config: Config,
+    processor: Processor,
+    measured: Mapping[str, Measured],
+    excluded: Mapping[str, str],
+) -> Inputs:
+    """The second half of `prepare`: what was measured, each prompt in a bucket that holds it.
+
+    Args:
+      measured, excluded: see `measure`; all prompts fit the largest bucket.
+
+    Raises:
+      InputError: the hosts see different data.
+    """
+    data = config.data
     datasets = {}
-    for key, usable in measured.items():
-        together = usable + (swapped if key == "data.eval" else [])
+    # Training is sized by itself, so that eval.limit does not change its programs.
+    for key, (usable, _, clips, weights) in measured.items():
+        moved = _swap_videos(usable, clips, processor, data) if key == "data.eval" else []
+        together = usable + moved
         offers = bucket_sizes([size for _, size in together], data.buckets)
         max_spans = max(max(len(record.spans), 1) for record, _ in together)
-        weights = opened[key].weights
-        datasets[key] = make_dataset(usable, offers, max_spans, clips[key], weights)
-        if key == "data.eval" and swapped:
-            datasets["swapped"] = make_dataset(swapped, offers, max_spans, clips[key], weights)
+        datasets[key] = make_dataset(usable, offers, max_spans, clips, weights)
+        if moved:
+            datasets["swapped"] = make_dataset(moved, offers, max_spans, clips, weights)
     _check_hosts_agree({key: dataset.plan for key, dataset in datasets.items()})
     return Inputs(
         processor,
         datasets.get("data.train"),
         datasets.get("data.eval"),
         datasets.get("swapped"),
-        bad,
+        dict(excluded),
         open_store(data.frame_store, data.frame_store_gib) if data.frame_store else None,
     )
 
@@ -202,8 +243,11 @@ class PromptLoader:
     store: FrameStore | None = None
 
     def __call__(self, item: int) -> Prompt:
+        return self.prompt(item, self.frames(item))
+
+    def prompt(self, item: int, frames: Frames) -> Prompt:
+        """The prompt of an item whose frames are these."""
         record = self.records[item]
-        frames = self._frames(record)
         video = Video(frames.frames, frames.seconds_per_frame, frames.decoded_hw)
         prompt = self.processor(messages(record, self.data.thinking), [video])
         if self.sizes and prompt.size != self.sizes[item]:
@@ -214,8 +258,9 @@ class PromptLoader:
             )
         return prompt
 
-    def _frames(self, record: Record) -> Frames:
-        """The record's frames, from the store or decoded."""
+    def frames(self, item: int) -> Frames:
+        """The item's frames, from the store or decoded."""
+        record = self.records[item]
         store, name = self.store, self.clips.name(record.video)
         identity = self.clips.identities([record.video], 1).get(record.video) if store else None
         if store is None or identity is None:
@@ -411,7 +456,8 @@ def _swap_videos(
     return [(record, size) for record, size in swapped if size.tokens <= data.buckets[-1]]
 
 
-def _check_fits(key: str, usable: Sequence[tuple[Record, Size]], buckets: Sequence[int]) -> None:
+def check_fits(key: str, usable: Sequence[tuple[Record, Size]], buckets: Sequence[int]) -> None:
+    """Raises an `InputError` that names the prompts longer than the largest bucket."""
     long = [(r.id, size.tokens) for r, size in usable if size.tokens > buckets[-1]]
     if long:
         shown = ", ".join(f"{name} ({tokens} tokens)" for name, tokens in long[:_SHOWN])

@@ -109,8 +109,12 @@ def config_directory(path: str) -> Path:
     return model_directory(path, weights=False)
 
 
-def open_processor(config: Config) -> Processor:
+def open_processor(config: Config, *, weights: bool = True) -> Processor:
     """The processor of `model.path`, with the pixel limits of `data`.
+
+    Args:
+      weights: whether they are fetched, too, where they will be needed: not for a random model or
+        a run's.
 
     Raises:
       ConfigError: `model.init` would put random weights in the place of a run's.
@@ -120,8 +124,8 @@ def open_processor(config: Config) -> Processor:
             f"model.init is 'random', but model.path={config.model.path} is a run, whose weights "
             "would not be read: set model.init=checkpoint"
         )
-    weights = config.model.init == "checkpoint" and not is_run(config.model.path)
-    directory = model_directory(config.model.path, weights=weights)
+    needed = config.model.init == "checkpoint" and not is_run(config.model.path)
+    directory = model_directory(config.model.path, weights=weights and needed)
     how = {"exact": resize.exact, "pillow": resize.pillow}[config.data.resize]
     return Processor.load(directory, pixel_limits(config.data), how)
 

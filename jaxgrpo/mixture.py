@@ -72,17 +72,39 @@ def open_manifests(
     )
 
 
+class Share(NamedTuple):
+    """How much of a dataset some of its questions are."""
+
+    items: int
+    weight: float  # of each of them, on average
+    draws: float  # of all draws, 0 to 1
+
+
+def draws(
+    records: Sequence[Record], weights: Sequence[float], clips: Clips
+) -> dict[tuple[str, str], Share]:
+    """The share of each (manifest, task), in their order; "" where there is only one manifest."""
+    given: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for record, weight in zip(records, weights, strict=True):
+        manifest = clips.manifest(record.video) if isinstance(clips, MixedClips) else ""
+        given[manifest, record.task].append(weight)
+    total = sum(weights)
+    return {
+        key: Share(len(part), sum(part) / len(part), sum(part) / total)
+        for key, part in sorted(given.items())
+    }
+
+
 def shares(records: Sequence[Record], weights: Sequence[float], clips: Clips) -> list[str]:
     """Lines that say what is drawn how often; none for one manifest whose questions weigh alike."""
     if not isinstance(clips, MixedClips) and len(set(weights)) == 1:
         return []
-    total = sum(weights)
     by_task: dict[str, float] = collections.defaultdict(float)
     by_manifest: dict[str, float] = collections.defaultdict(float)
-    for record, weight in zip(records, weights, strict=True):
-        by_task[record.task] += weight / total
-        if isinstance(clips, MixedClips):
-            by_manifest[clips.manifest(record.video)] += weight / total
+    for (manifest, task), share in draws(records, weights, clips).items():
+        by_task[task] += share.draws
+        if manifest:
+            by_manifest[manifest] += share.draws
     return [
         "draws: " + ", ".join(f"{share:.1%} {name}" for name, share in sorted(part.items()))
         for part in (by_manifest, by_task)

@@ -175,6 +175,8 @@ def test_a_model_of_the_hub_is_downloaded_whole(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     run = tiny_run.load_config(place, "model.path=someone/tiny", "model.init=checkpoint")
+    open_processor(run, weights=False)
+    assert not (cache / WEIGHTS).exists()
     processor = open_processor(run)
     assert processor.config == ModelConfig.load(hub)
     params = load_params("someone/tiny", processor.config, shardings(processor.config, data=1))

@@ -18,7 +18,7 @@ from jaxgrpo import cli
 from jaxgrpo.dataset import step_plan
 from jaxgrpo.inputs import Inputs, PromptCollator, PromptLoader, describe, prepare
 from jaxgrpo.load import open_processor
-from jaxgrpo.mixture import shares
+from jaxgrpo.mixture import draws, shares
 from models.qwen2_5_vl.processor import Processor
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import Workplace
@@ -93,6 +93,18 @@ def test_the_user_is_told_what_share_each_manifest_and_task_has(inputs: Inputs) 
     percent = [float(part.split("%")[0]) for part in manifests.removeprefix("draws: ").split(", ")]
     assert abs(sum(percent) - 100) < 0.2
     assert shares(train.records, [2.0] * len(train.records), inputs.evaluation.clips) == []
+
+
+def test_the_shares_of_manifests_and_tasks_are_those_of_their_weights(inputs: Inputs) -> None:
+    train = inputs.train
+    found = draws(train.records, train.weights, train.clips)
+    assert sum(share.items for share in found.values()) == len(train.records)
+    for (manifest, task), share in found.items():
+        of_manifest = 3.0 if manifest.endswith("train.jsonl") else 1.0
+        assert share.weight == of_manifest * (2.0 if task == "tvg" else 1.0)
+        assert share.draws == pytest.approx(share.items * share.weight / sum(train.weights))
+    alone = draws(train.records, [1.0] * len(train.records), inputs.evaluation.clips)
+    assert {manifest for manifest, _ in alone} == {""}
 
 
 def test_the_steps_are_those_of_one_manifest_where_all_weigh_alike(
