@@ -213,6 +213,9 @@ class OptimSection:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 1.0  # of the gradient over all weights
+    # Of AdamW's first moment. The second stays float32: near its mean it moves by a thousandth a
+    # step, which bfloat16 would round away.
+    first_moment: Literal["float32", "bfloat16"] = "float32"
     accumulate: int = 1  # micro-batches per update
 
     def __post_init__(self) -> None:

@@ -75,6 +75,7 @@ def make_optimizer(config: OptimSection, steps: int) -> optax.GradientTransforma
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        mu_dtype=jnp.dtype(config.first_moment),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -321,13 +322,13 @@ def random_tree(seed: int, scale: float) -> Params:
     }
 
 
-def five_steps_differ() -> float:
+def five_steps_differ(first_moment: Literal["float32", "bfloat16"] = "float32") -> float:
     """Of AdamW under identical gradients: norm of the difference to torch / norm of the way."""
     start = random_tree(0, 0.5)
     # Three of the five gradients are clipped.
     gradients = [random_tree(1 + i, scale) for i, scale in enumerate([2.0, 0.1, 1.0, 0.02, 5.0])]
 
-    optimizer = make_optimizer(OPTIM, steps=5)
+    optimizer = make_optimizer(dataclasses.replace(OPTIM, first_moment=first_moment), steps=5)
     state = init_state(start, optimizer)
     for gradient in gradients:
         state, _ = apply_gradients(state, gradient, jnp.float32(1.0), optimizer, OPTIM.clip_norm)
@@ -360,6 +361,18 @@ def five_steps_differ() -> float:
         )
     )
     return float(np.linalg.norm(ours - final) / np.linalg.norm(final - first))
+
+
+def test_a_first_moment_in_bfloat16_takes_half_its_bytes_and_turns_the_way_little() -> None:
+    def bytes_of(first_moment: Literal["float32", "bfloat16"]) -> int:
+        optimizer = make_optimizer(dataclasses.replace(OPTIM, first_moment=first_moment), 5)
+        state = init_state(random_tree(0, 0.5), optimizer)
+        return sum(x.nbytes for x in jax.tree.leaves(state.opt_state) if x.ndim)
+
+    weights = sum(x.nbytes for x in random_tree(0, 0.5).values())
+    assert bytes_of("float32") == 2 * weights
+    assert bytes_of("bfloat16") == 1.5 * weights
+    assert 1e-5 < five_steps_differ("bfloat16") < 2**-7
 
 
 def test_five_steps_of_adamw_equal_torchs() -> None:
