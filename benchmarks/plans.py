@@ -44,6 +44,7 @@ RECIPES = [
     Case("7b_v5p-64", "v5p:4x4x4"),
     Case("7b_tpu7x-8", "tpu7x:2x2x2"),
     Case("3b_gpu1", "h100:1"),
+    Case("3b_gpu1_8k", "h100:1"),
     Case("3b_gpu8", "h100:8"),
     Case("7b_gpu8", "h100:8"),
 ]
