@@ -25,7 +25,7 @@ from jaxgrpo import config as configs
 from jaxgrpo import hlo
 from jaxgrpo.config import Config, MeshSection
 from jaxgrpo.flops import is_attention
-from jaxgrpo.load import make_policy, open_policy, open_processor
+from jaxgrpo.load import choose_backend, make_policy, open_processor, vocabulary_of
 from jaxgrpo.metrics import CompileCounter
 from jaxgrpo.plan import assumed_bucket
 from jaxgrpo.policy import Policy
@@ -44,7 +44,13 @@ def quickstart() -> tuple[Config, Policy, Size]:
     model = dataclasses.replace(config.model, path=str(ROOT / config.model.path))
     config = dataclasses.replace(config, model=model)
     processor = open_processor(config)
-    policy = open_policy(config.model, processor, temperature=config.rollout.temperature)
+    policy = make_policy(
+        config.model,
+        processor.config,
+        vocabulary_of(processor),
+        choose_backend(config.model, "cpu"),
+        temperature=config.rollout.temperature,
+    )
     return config, policy, assumed_bucket(config.data, policy.config)
 
 
@@ -52,7 +58,8 @@ def cpu_1024() -> tuple[Config, Policy, Size]:
     workload = WORKLOADS["cpu-1024"]
     config = ours.settings(workload, Path("-"))
     model = ModelConfig.from_dict(raw_config(workload.model), source=workload.model)
-    policy = make_policy(config.model, model, ours.vocabulary(model), temperature=1.0)
+    backend = choose_backend(config.model, "cpu")
+    policy = make_policy(config.model, model, ours.vocabulary(model), backend, temperature=1.0)
     return config, policy, workload.prompt(0).size
 
 

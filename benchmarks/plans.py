@@ -89,8 +89,8 @@ _HEAD = """# What the recipes need
 
 Made by `python -m benchmarks.plans` ({versions}); see [docs/plan.md](../docs/plan.md). Per device.
 FLOPs are those of matrix products without attention: executed, from the compiled program, and in
-brackets the ratio to the formula of `jaxgrpo/flops.py`. Decoding is counted to the last token.
-Nothing here is a time.
+brackets the ratio to the formula of `jaxgrpo/flops.py`. Attention in kernels is the formula's, for
+programs do not show it. Decoding is counted to the last token. Nothing here is a time.
 """
 
 
@@ -114,6 +114,8 @@ def recipe_rows(plans: dict[str, dict[str, Any]]) -> list[str]:
         phase = max(p["phases_gib"], key=p["phases_gib"].__getitem__)
         compiled = p["programs"][0]["arguments_gib"] is not None
         attention = programs["update"]["attention_tflop"]
+        if attention:
+            attention += programs["update"]["kernel_formula_tflop"]
         rows.append(
             row(
                 case.name,

@@ -42,7 +42,10 @@ class ModelSection:
     remat: Literal["none", "products", "layer"] = "layer"
     freeze_vision: bool = False
     logit_chunk: int = 64  # completion positions whose logits exist at once in the update; 0: all
-    attention_chunk: int = 256  # queries of a prompt whose scores exist at once; 0: all
+    attention_chunk: int = 256  # xla: queries of a prompt whose scores exist at once; 0: all
+    attention: Literal["auto", "xla", "splash", "cudnn"] = field(
+        default="auto", metadata=_RESUMABLE
+    )  # what computes attention over whole sequences; auto: splash on TPUs, cudnn on GPUs, else xla
 
     def __post_init__(self) -> None:
         _check("model.path", self.path, bool(self.path), "a model directory or a hub id")

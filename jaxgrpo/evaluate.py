@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     check_divides(mesh, processor.config, sizes, replicate_kv=config.mesh.replicate_kv)
     inputs = prepare(config, processor, train=False, evaluation=True)
     say(describe(inputs))
-    policy = open_policy(config.model, processor, temperature=0.0)
+    policy = open_policy(config.model, processor, mesh, temperature=0.0)
     params = open_params(config.model, processor.config, mesh, config.seed)
     sampler = lower_publish(mesh, policy, params, {}).compile()(params, {})
     del params

@@ -2,8 +2,9 @@
 
 What the programs execute on a bucket's padded shapes, over all devices together, two FLOPs per
 multiply-add. Attention (scores and values) is kept apart: back ends differ in what they compute of
-it. Lookups of embeddings, norms, softmaxes and the optimiser are no matrix products. For the FLOPs
-of the real tokens alone give the sizes of a prompt instead of its bucket's, and chunks of 1.
+it, and what kernels compute is not in a compiled program's text. Lookups of embeddings, norms,
+softmaxes and the optimiser are no matrix products. For the FLOPs of the real tokens alone give the
+sizes of a prompt instead of its bucket's, and chunks of 1.
 
 Legend: P prompts, G completions per prompt, S prompt tokens, C completion tokens, T tokens;
         text: L layers, D width, N query heads, K key/value heads, H head dimension, F MLP width,
@@ -26,6 +27,13 @@ Recomputed in the backward pass:
   - attention's scores, half of its forward, always;
   - with remat "layer" every block and layer, but for the last product of its MLP (2 T F D), whose
     result nothing in the backward pass reads; with "products" nothing that is counted here.
+Attention in a kernel (`Backend.kernel`: prompts, completions, frames; never windows and decoding):
+  - splash computes whole blocks of scores, those that its mask does not leave out, with heads
+    padded to 128: 2 products forward, 7 backward (one kernel for the queries' gradients makes
+    scores and their gradients, another for the keys' and values' does so too);
+  - cuDNN skips what is above the diagonal of a prompt over itself and takes 5 products backward;
+    its blocks are its own, and pairs are counted one by one.
+  Its forward pass is computed again with its layer, and of cuDNN's also with "products".
 XLA on CPUs sees through some of it, and computes less: one chunk of logits is not computed again.
 """
 
@@ -35,18 +43,24 @@ import dataclasses
 from typing import NamedTuple
 
 from jaxgrpo.hlo import Matmul
+from models import attention_splash
+from models.attention_backend import XLA, Backend
 from models.layers import Remat
 from models.qwen2_5_vl.config import ModelConfig, TextConfig, VisionConfig
 from models.qwen2_5_vl.sizes import Size
+
+SPLASH = "splash_attention"  # in the names of all that splash attention computes
 
 
 def is_attention(matmul: Matmul) -> bool:
     """Whether a matrix product of a compiled program is attention's scores or values.
 
     All of `models/attention.py`'s products name the axes `kgrt`, and they alone have batch
-    dimensions, which is how they are known on CPUs, where XLA drops their names.
+    dimensions, which is how they are known on CPUs, where XLA drops their names. Beside splash's
+    kernels stands a small one, of outputs and their gradients.
     """
-    return "kgrt" in matmul.op_name or (matmul.batched and not matmul.op_name)
+    names = ("kgrt", SPLASH)
+    return any(name in matmul.op_name for name in names) or (matmul.batched and not matmul.op_name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +72,7 @@ class Step:
     group: int  # G
     length: int  # C
     logit_chunk: int = 0  # completion positions; 0: all at once
-    attention_chunk: int = 0  # queries; 0: all at once
+    backend: Backend = XLA
     remat: Remat = "none"
     freeze_vision: bool = False  # encoded once, by the rollout
 
@@ -68,7 +82,8 @@ class Part(NamedTuple):
 
     name: str
     matmul: int  # all but attention's scores and values
-    attention: int = 0
+    attention: int = 0  # on XLA
+    kernel: int = 0  # attention in kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,23 +99,29 @@ class Flops:
 
     @property
     def attention(self) -> int:
+        """Attention's scores and values, on XLA."""
         return sum(part.attention for part in self.parts)
 
     @property
+    def kernel(self) -> int:
+        """Attention's scores and values, in kernels."""
+        return sum(part.kernel for part in self.parts)
+
+    @property
     def total(self) -> int:
-        return self.matmul + self.attention
+        return self.matmul + self.attention + self.kernel
 
 
 def rollout_flops(config: ModelConfig, step: Step) -> Flops:
     """Vision tower, prefill, and decoding of C tokens (it may stop earlier)."""
     p, g, c, s = step.prompts, step.group, step.length, step.bucket.tokens
     text = config.text
-    prompt = text.layers * _attention(text) * _causal_pairs(s, step.attention_chunk)
-    decoding = text.layers * _attention(text) * (s + c)
+    prompt = p * text.layers * _per_pair(text, step.backend) * _prompt_pairs(s, step.backend)
+    decoding = text.layers * _per_pair(text, XLA) * (s + c)
     return Flops(
         (
             *_vision(config.vision, step),
-            Part("prefill", _layers(text, p * s), p * prompt),
+            _part("prefill", _layers(text, p * s), prompt, step.backend),
             Part("decode", _layers(text, p * g * c), p * g * c * decoding),
             Part("decode logits", 2 * p * g * c * text.width * text.vocab),
         )
@@ -121,12 +142,14 @@ def update_flops(config: ModelConfig, step: Step) -> Flops:
     again = [Part("logits", logits.matmul)]
     if step.remat == "layer":
         again += [_without_last(part, config, step) for part in (*vision, *packed)]
+    if step.remat == "products" and step.backend.kernel == "cudnn":
+        again += [part._replace(matmul=0, attention=0) for part in (*vision, *packed)]
     again += [Part(f"{part.name}' scores", 0, part.attention // 2) for part in (*vision, *packed)]
     return Flops(
         (
             *_named("forward", forward),
-            *_named("backward", [_backward(part) for part in forward]),
-            *_named("recomputed", [part for part in again if part.matmul or part.attention]),
+            *_named("backward", [_backward(part, step.backend) for part in forward]),
+            *_named("recomputed", [part for part in again if any(part[1:])]),
         )
     )
 
@@ -145,12 +168,16 @@ def _vision(config: VisionConfig, step: Step) -> tuple[Part, ...]:
     e = config.merge_area * d
     blocks = config.depth * 2 * bucket.patches * (4 * d * d + 3 * d * config.mlp_width)
     full = len(config.full_attention_blocks)
-    pairs = full * bucket.frames * bucket.frame_patches**2
-    pairs += (config.depth - full) * bucket.windows * config.window_patches**2
+    windows = (config.depth - full) * bucket.windows * config.window_patches**2
+    frames = full * bucket.frames * _frame_pairs(bucket.frame_patches, step.backend)
+    in_frames = _part(
+        "vision", p * blocks, p * frames * _per_pair(config, step.backend), step.backend
+    )
+    attention = in_frames.attention + p * windows * _per_pair(config, XLA)
     units = bucket.patches // config.merge_area
     return (
         Part("patches", p * 2 * bucket.patches * config.patch_dim * d),
-        Part("vision", p * blocks, p * 4 * d * pairs),
+        in_frames._replace(attention=attention),
         Part("merger", p * 2 * units * (e * e + e * config.out_width)),
     )
 
@@ -162,9 +189,12 @@ def _layers(config: TextConfig, tokens: int) -> int:
     return config.layers * 2 * tokens * per_token
 
 
-def _attention(config: TextConfig) -> int:
+def _per_pair(config: TextConfig | VisionConfig, backend: Backend) -> int:
     """A layer's scores and values per pair of a query and a key."""
-    return 4 * config.heads * config.head_dim
+    dim = config.head_dim
+    if backend.kernel == "splash":
+        dim = attention_splash.padded_dim(dim)
+    return 4 * config.heads * dim
 
 
 def _causal_pairs(length: int, chunk: int) -> int:
@@ -174,24 +204,48 @@ def _causal_pairs(length: int, chunk: int) -> int:
     return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
 
 
+def _prompt_pairs(length: int, backend: Backend) -> int:
+    """Pairs of a prompt over itself."""
+    if backend.kernel == "splash":
+        return attention_splash.executed_pairs(attention_splash.causal, length)
+    return _causal_pairs(length, 1 if backend.kernel == "cudnn" else backend.chunk)
+
+
 def _group_chunk(step: Step) -> int:
-    """Queries of one completion whose scores exist at once."""
-    return step.attention_chunk and max(step.attention_chunk // step.group, 1)
+    """XLA: queries of one completion whose scores exist at once."""
+    return step.backend.chunk and max(step.backend.chunk // step.group, 1)
 
 
-def _packed_pairs(step: Step) -> int:
-    """Pairs of queries and keys of one group: the prompt's, and the completions'."""
+def _frame_pairs(slots: int, backend: Backend) -> int:
+    """Pairs of a row of frames."""
+    if backend.kernel == "splash":
+        return attention_splash.executed_pairs(attention_splash.full, slots)
+    return slots**2
+
+
+def _group_pairs(step: Step) -> int:
+    """Pairs of a prompt and its completions."""
     s, c = step.bucket.tokens, step.length
-    own = step.group * (c * s + _causal_pairs(c, _group_chunk(step)))
-    return _causal_pairs(s, step.attention_chunk) + own
+    if step.backend.kernel == "splash":
+        mask = attention_splash.packed(s, c)
+        return attention_splash.executed_pairs(mask, s + step.group * c)
+    own = c * c if step.backend.kernel == "cudnn" else _causal_pairs(c, _group_chunk(step))
+    return _prompt_pairs(s, step.backend) + step.group * (c * s + own)
 
 
 def _packed(config: TextConfig, step: Step) -> tuple[Part, ...]:
     """All layers over [prompt | completion 1 | ... | completion G]."""
     tokens = step.bucket.tokens + step.group * step.length
-    attention = config.layers * _attention(config) * _packed_pairs(step)
     p = step.prompts
-    return (Part("layers", _layers(config, p * tokens), p * attention),)
+    attention = p * config.layers * _per_pair(config, step.backend) * _group_pairs(step)
+    return (_part("layers", _layers(config, p * tokens), attention, step.backend),)
+
+
+def _part(name: str, matmul: int, attention: int, backend: Backend) -> Part:
+    """With attention where the back end computes it."""
+    if backend.kernel == "xla":
+        return Part(name, matmul, attention)
+    return Part(name, matmul, kernel=attention)
 
 
 def _logits(config: TextConfig, step: Step) -> Part:
@@ -204,9 +258,14 @@ def _logits(config: TextConfig, step: Step) -> Part:
 # ---- backward ----
 
 
-def _backward(part: Part) -> Part:
+def _backward(part: Part, backend: Backend) -> Part:
     times = 1 if part.name == "patches" else 2
-    return part._replace(matmul=times * part.matmul, attention=2 * part.attention)
+    products = {"xla": 4, "splash": 7, "cudnn": 5}[backend.kernel]
+    return part._replace(
+        matmul=times * part.matmul,
+        attention=2 * part.attention,
+        kernel=part.kernel // 2 * products,
+    )
 
 
 def _without_last(part: Part, config: ModelConfig, step: Step) -> Part:

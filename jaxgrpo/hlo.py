@@ -80,6 +80,7 @@ class Unknown(NamedTuple):
 
     name: str
     what: str  # the opcode, or a custom call's target
+    op_name: str
     times: float
 
 
@@ -225,9 +226,9 @@ class _Reader:
         if kind in _TRANSFERS:
             return Work(collectives=self._collective(inside, i, kind, caller))
         if i.opcode in _OPAQUE:
-            return Work(unknown=[Unknown(i.name, i.opcode, 1)])
+            return Work(unknown=[Unknown(i.name, i.opcode, i.op_name, 1)])
         if kind == "custom-call" and i.target not in _PLAIN:
-            return Work(unknown=[Unknown(i.name, i.target, 1)])
+            return Work(unknown=[Unknown(i.name, i.target, i.op_name, 1)])
         if i.opcode == "while":
             return self._loop(i, values)
         if i.opcode == "conditional":

@@ -33,6 +33,8 @@ Shapes: TypeAlias = Any  # a Shape, or a tuple of Shapes (nested)
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _LEADING_SHAPE = re.compile(r"(\w+)\[([^\]]*)\](\{[^{}]*\})?")
 _COMMENT = re.compile(r"/\*.*?\*/")
+# What a Pallas kernel says of itself: the only attribute that is written over several lines.
+_KERNEL_NOTES = re.compile(r"kernel_metadata=\{\n.*?\n\}", re.DOTALL)
 _REFERENCES = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation"
@@ -172,6 +174,7 @@ class Module:
           HloError: it is not such a text.
         """
         header, _, body = text.partition("\n")
+        body = _KERNEL_NOTES.sub("", body)
         if not header.startswith("HloModule "):
             raise HloError(f"expected the text of a compiled program, found {header[:80]!r}")
         if re.search(r"replica_count=(?!1\b)", header):

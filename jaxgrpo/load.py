@@ -22,6 +22,7 @@ from jaxgrpo.processes import check_same
 from jaxgrpo.run_dir import is_run, read_config
 from jaxgrpo.sharding import make_mesh, param_shardings, say
 from jaxgrpo.update import split_frozen
+from models.attention_backend import Backend, Kernel
 from models.qwen2_5_vl import resize
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, random_params
@@ -141,13 +142,49 @@ def vocabulary_of(processor: Processor) -> Vocabulary:
     return Vocabulary(usable, (end,), processor.pad_id)
 
 
-def open_policy(section: ModelSection, processor: Processor, *, temperature: float) -> Policy:
-    """The policy without its weights."""
-    return make_policy(section, processor.config, vocabulary_of(processor), temperature=temperature)
+def open_policy(
+    section: ModelSection, processor: Processor, mesh: Mesh, *, temperature: float
+) -> Policy:
+    """The policy without its weights; says what attention is computed by.
+
+    Raises:
+      ConfigError: see `choose_backend`.
+    """
+    platform = mesh.devices.flat[0].platform
+    backend = choose_backend(section, platform)
+    say(f"attention: {backend.kernel}, on {platform} in {section.compute_dtype}")
+    vocabulary = vocabulary_of(processor)
+    return make_policy(section, processor.config, vocabulary, backend, temperature=temperature)
+
+
+def choose_backend(section: ModelSection, platform: str) -> Backend:
+    """What computes attention on devices of `platform`: "tpu", "gpu" or "cpu".
+
+    Raises:
+      ConfigError: model.attention names a kernel that these devices, or cuDNN in float32, lack.
+    """
+    named, wide = section.attention, section.compute_dtype == "float32"
+    fitting: Kernel = "xla"
+    if platform == "tpu":
+        fitting = "splash"
+    elif platform == "gpu" and not wide:
+        fitting = "cudnn"
+    if named not in ("auto", "xla", fitting):
+        needs = {"splash": "TPUs", "cudnn": "GPUs and model.compute_dtype=bfloat16"}[named]
+        raise ConfigError(
+            f"model.attention={named} needs {needs}; this is {platform} in "
+            f"{section.compute_dtype}: set model.attention=auto, which takes {fitting}"
+        )
+    return Backend("xla" if named == "xla" else fitting, section.attention_chunk)
 
 
 def make_policy(
-    section: ModelSection, config: ModelConfig, vocabulary: Vocabulary, *, temperature: float
+    section: ModelSection,
+    config: ModelConfig,
+    vocabulary: Vocabulary,
+    backend: Backend,
+    *,
+    temperature: float,
 ) -> Policy:
     """The policy of a model's sizes and vocabulary, without its weights."""
     graphdef, _ = abstract_model(config)
@@ -159,7 +196,7 @@ def make_policy(
         compute_dtype=jnp.dtype(section.compute_dtype),
         remat=section.remat,
         logit_chunk=section.logit_chunk,
-        attention_chunk=section.attention_chunk,
+        backend=backend,
     )
 
 

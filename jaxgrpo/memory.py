@@ -10,11 +10,14 @@ Legend: P prompts on a device in a micro-batch, G completions per prompt, S prom
 
 from __future__ import annotations
 
+from functools import partial
+
 from jax.sharding import Mesh
 
 from jaxgrpo.config import Config
 from jaxgrpo.sharding import DATA, FSDP, TENSOR
 from jaxgrpo.topology import GIB
+from models.attention_backend import Backend
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.sizes import Size
 
@@ -38,29 +41,32 @@ def count(
     model: ModelConfig,
     bucket: Size,
     mesh: Mesh,
+    backend: Backend,
     held: dict[str, float],
 ) -> dict[str, float]:
     """What a program of training holds at once, by name.
 
     Args:
       program: "publish", "rollout", "reference" or "update".
+      backend: what computes attention there.
       held: GiB of "weights", "optimiser", "frozen weights", "reference" and "sampler's copy".
     """
     weights = held["weights"] + held["frozen weights"]
     if program == "publish":
         return {"weights": weights, "sampler's copy": held["sampler's copy"]}
     prompts = config.rollout.prompts // (mesh.shape[DATA] * mesh.shape[FSDP])
+    layer_of = partial(_layer, config, model, bucket, mesh, backend)
     if program == "rollout":
         return {
             "sampler's copy": held["sampler's copy"],
             **caches(config, model, bucket, mesh),
-            "one layer's activations": _layer(config, model, bucket, mesh, prompts, bucket.tokens),
+            "one layer's activations": layer_of(prompts, bucket.tokens),
         }
     packed = bucket.tokens + config.rollout.group * config.rollout.max_new_tokens
     if program == "reference":
         return {
             "weights": held["reference"] + held["frozen weights"],
-            "one layer's activations": _layer(config, model, bucket, mesh, prompts, packed),
+            "one layer's activations": layer_of(prompts, packed),
             "logits": _logits(config, model, mesh, prompts),
         }
     prompts //= config.optim.accumulate
@@ -68,7 +74,7 @@ def count(
     trained_vision = not config.model.freeze_vision
     kept = prompts * packed * model.text.layers * model.text.width
     kept += prompts * bucket.patches * model.vision.depth * model.vision.width * trained_vision
-    layer = _layer(config, model, bucket, mesh, prompts, packed)
+    layer = layer_of(prompts, packed)
     if config.model.remat == "none":
         saved = layer * model.text.layers
     else:
@@ -93,13 +99,19 @@ def _width(config: Config) -> int:
 
 
 def _layer(
-    config: Config, model: ModelConfig, bucket: Size, mesh: Mesh, prompts: int, tokens: int
+    config: Config,
+    model: ModelConfig,
+    bucket: Size,
+    mesh: Mesh,
+    backend: Backend,
+    prompts: int,
+    tokens: int,
 ) -> float:
-    """One decoder layer: the stream, q, k, v, the MLP, and the scores of a block of queries."""
+    """One decoder layer: the stream, q, k, v, the MLP, and XLA's scores of a block of queries."""
     text, tensor = model.text, mesh.shape[TENSOR]
     heads = (text.heads + 2 * text.kv_heads) * text.head_dim
     stream = tokens * (3 * text.width + (heads + 3 * text.mlp_width) // tensor) * _width(config)
-    queries = min(config.model.attention_chunk or tokens, tokens)
+    queries = min(backend.chunk or tokens, tokens) if backend.kernel == "xla" else 0
     keys = bucket.tokens + config.rollout.max_new_tokens
     scores = queries * keys * text.heads // tensor * (4 + _width(config))
     return prompts * (stream + scores) / GIB

@@ -30,11 +30,12 @@ from jaxgrpo import flops, hlo, memory
 from jaxgrpo.config import Config, DataSection
 from jaxgrpo.dataset import bucket_offer
 from jaxgrpo.inputs import pixel_limits
-from jaxgrpo.load import config_directory, make_policy
+from jaxgrpo.load import choose_backend, config_directory, make_policy
 from jaxgrpo.policy import Vocabulary
 from jaxgrpo.programs import lower_train, lower_weights
 from jaxgrpo.sharding import DATA, FSDP, check_divides, make_mesh
 from jaxgrpo.topology import GIB, Topology, find
+from models.attention_backend import XLA, Backend
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.sizes import Size, media_grid, media_size
 
@@ -67,8 +68,9 @@ class ProgramPlan:
     donated_gib: float | None = None
     matmul_tflop: float | None = None  # executed, attention left out
     formula_tflop: float | None = None
-    attention_tflop: float | None = None
+    attention_tflop: float | None = None  # executed on XLA
     attention_formula_tflop: float | None = None
+    kernel_formula_tflop: float | None = None  # attention in kernels, which are not in the text
     rematerialised: int | None = None  # instructions that XLA computes again by its own choice
     transfers: tuple[Transfer, ...] = ()
     upper_bounds: tuple[str, ...] = ()  # loops counted at their limit
@@ -119,8 +121,13 @@ def make_plan(config: Config, topology: Topology, progress: Callable[[str], None
     bucket = assumed_bucket(config.data, model)
 
     # ---- the programs of training, as `train.main` makes them ----
+    backend = choose_backend(config.model, "tpu" if topology.is_tpu else "gpu")
     policy = make_policy(
-        config.model, model, _vocabulary(model), temperature=config.rollout.temperature
+        config.model,
+        model,
+        _vocabulary(model),
+        backend if topology.is_tpu else XLA,  # cuDNN's kernel cannot be lowered without a GPU
+        temperature=config.rollout.temperature,
     )
     weights = lower_weights(
         config, mesh, policy, config.train.steps, reference=bool(config.grpo.kl)
@@ -140,14 +147,14 @@ def make_plan(config: Config, topology: Topology, progress: Callable[[str], None
         "sampler's copy": weights.to_sampler.out_info,
     }
     held = {name: bytes_per_device(tree) / GIB for name, tree in trees.items()}
-    formulas = _formulas(config, model, bucket)
+    formulas = _formulas(config, model, bucket, backend)
     plans = []
     for name, program in programs.items():
         if topology.is_tpu:
             progress(f"compiling {name} for {topology.name} ...")
             plans.append(_compiled(name, program, formulas[name], config, model, topology))
         else:
-            counted = memory.count(name, config, model, bucket, mesh, held)
+            counted = memory.count(name, config, model, bucket, mesh, backend, held)
             plans.append(ProgramPlan(name, peak_gib=sum(counted.values()), counted_gib=counted))
     phases = _phases({p.name: p.peak_gib for p in plans}, held)
     limit = topology.usable_gib
@@ -161,6 +168,7 @@ def make_plan(config: Config, topology: Topology, progress: Callable[[str], None
             "C": config.rollout.max_new_tokens,
             "micro-batches": config.optim.accumulate,
             "remat": config.model.remat,
+            "attention": backend.kernel,
         },
         bucket=bucket._asdict(),
         topology=topology.name,
@@ -180,11 +188,13 @@ def make_plan(config: Config, topology: Topology, progress: Callable[[str], None
 
 _TPU_NOTE = (
     "memory, products and collectives are the compiler's; nothing is said of time. Decoding is "
-    "counted to C tokens, as if no completion ended earlier."
+    "counted to C tokens, as if no completion ended earlier. What kernels compute is not in a "
+    "compiled program: attention in them is by formula (jaxgrpo/flops.py)."
 )
 _GPU_NOTE = (
-    "programs are lowered, not compiled: XLA's GPU compiler needs a GPU. Memory is counted from "
-    "shapes and is a lower bound of what XLA will use; nothing is said of time."
+    "programs are lowered, not compiled: XLA's GPU compiler needs a GPU, and so does lowering "
+    "cuDNN's attention, in whose place XLA's is lowered. Memory is counted from shapes and is a "
+    "lower bound of what XLA will use; nothing is said of time."
 )
 
 
@@ -256,10 +266,13 @@ def _compiled(
         formula_tflop=formula.matmul / 1e12 / topology.devices,
         attention_tflop=report.work.flops(flops.is_attention) / 1e12,
         attention_formula_tflop=formula.attention / 1e12 / topology.devices,
+        kernel_formula_tflop=formula.kernel / 1e12 / topology.devices,
         rematerialised=len(report.work.rematerialised),
         transfers=_transfers(report.work.collectives),
         upper_bounds=tuple(f"{b.kind} {b.op_name or b.name}" for b in report.work.bounds),
-        unknown=tuple(sorted({u.what for u in report.work.unknown})),
+        unknown=tuple(
+            sorted({u.what for u in report.work.unknown if flops.SPLASH not in u.op_name})
+        ),
     )
 
 
@@ -278,14 +291,16 @@ def _transfers(collectives: Sequence[hlo.Collective]) -> tuple[Transfer, ...]:
 # ---- what follows from shapes ----
 
 
-def _formulas(config: Config, model: ModelConfig, bucket: Size) -> dict[str, flops.Flops]:
+def _formulas(
+    config: Config, model: ModelConfig, bucket: Size, backend: Backend
+) -> dict[str, flops.Flops]:
     step = flops.Step(
         bucket,
         prompts=config.rollout.prompts,
         group=config.rollout.group,
         length=config.rollout.max_new_tokens,
         logit_chunk=config.model.logit_chunk,
-        attention_chunk=config.model.attention_chunk,
+        backend=backend,
         remat=config.model.remat,
         freeze_vision=config.model.freeze_vision,
     )
@@ -358,8 +373,11 @@ def table(plan: Plan) -> str:
         f"a device holds (GiB): {held}",
         "",
     ]
-    heads = ("program", "peak", "in use", "products", "ratio to", "attention", "XLA's", "compile")
-    units = ("", "GiB", "GiB", "TFLOP", "formula", "TFLOP", "remat", "s")
+    heads = (
+        *("program", "peak", "in use", "products", "ratio to", "attention", "in kernels"),
+        *("XLA's", "compile"),
+    )
+    units = ("", "GiB", "GiB", "TFLOP", "formula", "TFLOP", "by formula", "remat", "s")
     rows = [heads, units, *(_row(p, plan.phases_gib.get(p.name)) for p in plan.programs)]
     widths = [max(len(row[k]) for row in rows) for k in range(len(heads))]
     lines += ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
@@ -394,6 +412,7 @@ def _row(p: ProgramPlan, in_use: float | None) -> tuple[str, ...]:
         number(p.matmul_tflop, ".4g"),
         number(ratio, ".3f"),
         number(p.attention_tflop, ".3g"),
+        number(p.kernel_formula_tflop, ".3g"),
         number(p.rematerialised, "d"),
         number(p.compile_seconds, ".0f"),
     )

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from models.attention_backend import Backend
 from models.layers import Remat
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import Qwen2_5_VL
@@ -112,7 +113,7 @@ class Policy(NamedTuple):
     compute_dtype: Any
     remat: Remat
     logit_chunk: int
-    attention_chunk: int
+    backend: Backend
 
     def merge(self, params: Params) -> Qwen2_5_VL:
         """The model with these weights in the compute dtype."""
@@ -127,9 +128,9 @@ class Policy(NamedTuple):
         """
         model = self.merge(params)
         if features is None:
-            features = model.encode_vision(prompt, remat=self.remat)
+            features = model.encode_vision(prompt, remat=self.remat, backend=self.backend)
         hidden = model.completion_hidden(
-            prompt, features, completions, remat=self.remat, attention_chunk=self.attention_chunk
+            prompt, features, completions, remat=self.remat, backend=self.backend
         )
         return token_log_probs(
             model, hidden, completions, self.vocabulary, self.temperature, self.logit_chunk

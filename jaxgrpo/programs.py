@@ -139,10 +139,10 @@ def rollout_program(mesh: Mesh, policy: Policy, sampling: Sampling, keep_feature
         params: Params, prompt: Prompt, seed: Array, step: Array
     ) -> tuple[Rollout, Array | None]:
         model = policy.merge(params)
-        features = model.encode_vision(prompt)
+        features = model.encode_vision(prompt, backend=policy.backend)
         key = jax.random.fold_in(jax.random.key(seed), step)
         completions = generate(
-            model, prompt, features, key, sampling, policy.vocabulary, policy.attention_chunk
+            model, prompt, features, key, sampling, policy.vocabulary, policy.backend
         )
         return completions, features if keep_features else None
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from jaxgrpo.policy import NEVER, Vocabulary, policy_logits
+from models.attention_backend import XLA, Backend
 from models.qwen2_5_vl.model import CompletionCache, Qwen2_5_VL
 from models.qwen2_5_vl.processor import Prompt
 
@@ -95,7 +96,7 @@ def generate(
     key: Array,
     sampling: Sampling,
     vocabulary: Vocabulary,
-    attention_chunk: int = 0,
+    backend: Backend = XLA,
 ) -> Rollout:
     """Samples G completions for each of P prompts, on the device from first to last token.
 
@@ -105,10 +106,10 @@ def generate(
       features: [P, U, D] from `model.encode_vision`, computed once.
       key: a PRNG key; the draws do not depend on the mesh.
       sampling, vocabulary: static.
-      attention_chunk: see `model.prefill`.
+      backend: what attends over the prompts.
     """
     p, g, c = len(prompt.tokens), sampling.group, sampling.max_new_tokens
-    last, prompt_cache = model.prefill(prompt, features, attention_chunk=attention_chunk)
+    last, prompt_cache = model.prefill(prompt, features, backend=backend)
     stop = np.asarray(vocabulary.stop, np.int32)
 
     def unfinished(state: DecodeState) -> Array:

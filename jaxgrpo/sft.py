@@ -83,7 +83,7 @@ def main(config: Config) -> None:
             targets.completion(item)  # one that is too long is named now, not in the middle
 
         # ---- weights, optimiser, programs ----
-        policy = open_policy(config.model, processor, temperature=1.0)
+        policy = open_policy(config.model, processor, mesh, temperature=1.0)
         weights = lower_weights(config, mesh, policy, config.sft.steps, reference=False)
         frozen: Params = {}
         if run.first_step == 0 or config.model.freeze_vision:

@@ -23,11 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 
 from jaxgrpo.config import ConfigError, MeshSection
-from models.layers import PROMPT_AXES
+from models.layers import HEAD_AXIS, PROMPT_AXES
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, weight_axes
 
-DATA, FSDP, TENSOR = *PROMPT_AXES, "tensor"
+DATA, FSDP, TENSOR = *PROMPT_AXES, HEAD_AXIS
 PROMPTS = PartitionSpec(PROMPT_AXES)  # the leading axis of every batch
 
 # Logical axis of a weight -> mesh axis, for training.

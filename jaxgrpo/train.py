@@ -87,7 +87,7 @@ def main(config: Config) -> None:
         )
 
         # ---- weights: policy, reference, optimiser ----
-        policy = open_policy(config.model, processor, temperature=config.rollout.temperature)
+        policy = open_policy(config.model, processor, mesh, temperature=config.rollout.temperature)
         weights = lower_weights(
             config, mesh, policy, config.train.steps, reference=bool(config.grpo.kl)
         )

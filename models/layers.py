@@ -23,6 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PROMPT_AXES = ("data", "fsdp")  # the mesh axes that every batch of prompts is split over
+HEAD_AXIS = "tensor"  # the one that attention heads are split over
 
 
 def split_by_prompt(x: Array) -> Array:

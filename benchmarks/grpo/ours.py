@@ -16,7 +16,7 @@ from benchmarks.grpo.workload import PAD, Workload
 from data.records import Record
 from jaxgrpo.config import Config, DataSection, GrpoSection, ModelSection, RolloutSection
 from jaxgrpo.flops import Step, rollout_flops, update_flops
-from jaxgrpo.load import load_params, make_policy
+from jaxgrpo.load import choose_backend, load_params, make_policy
 from jaxgrpo.policy import Policy, Vocabulary
 from jaxgrpo.programs import (
     answer_shapes,
@@ -66,7 +66,10 @@ def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, A
     config = settings(workload, directory)
     model_config = ModelConfig.load(directory)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    policy = make_policy(config.model, model_config, vocabulary(model_config), temperature=1.0)
+    backend = choose_backend(config.model, jax.devices()[0].platform)
+    policy = make_policy(
+        config.model, model_config, vocabulary(model_config), backend, temperature=1.0
+    )
     prompts = [
         put_prompts(mesh, collate([prompt], prompt.size, PAD))
         for prompt in (workload.prompt(seed) for seed in range(steps + 1))
@@ -116,8 +119,8 @@ def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, A
     advantages = jax.device_put(workload.advantages()[None], jax.tree.leaves(rollout)[0].sharding)
     known = update(given, rollout.sampler_logp, advantages, prompts[0])
     step = Step(
-        size, 1, workload.group, workload.length, config.model.logit_chunk,
-        config.model.attention_chunk, config.model.remat,
+        size, 1, workload.group, workload.length, config.model.logit_chunk, backend,
+        config.model.remat,
     )  # fmt: skip
     yield {
         "grad_norm": known["grad_norm"],

@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from models.attention import attend_causal, attend_completions, attend_shared_prompt
+from models.attention import attend_shared_prompt
+from models.attention_backend import XLA, Backend, attend_groups, attend_prompts
 from models.layers import Remat
 from models.parameter import logical_axes
 from models.qwen2_5_vl.config import ModelConfig
@@ -52,13 +53,20 @@ class Qwen2_5_VL(nnx.Module):
         self.vision = VisionTower(config.vision, rngs)
         self.text = Decoder(config.text, rngs)
 
-    def encode_vision(self, prompt: Prompt, *, remat: Remat = "none") -> Array:
+    def encode_vision(
+        self, prompt: Prompt, *, remat: Remat = "none", backend: Backend = XLA
+    ) -> Array:
         """Vision features [P, U, D] of a batch of prompts; U may be 0 (text only)."""
         if prompt.patches.shape[1] == 0:
             dtype = self.text.embed[...].dtype
             return jnp.zeros((len(prompt.patches), 0, self.config.text.width), dtype)
         return self.vision(
-            prompt.patches, prompt.patch_hw, prompt.window_index, prompt.frame_index, remat=remat
+            prompt.patches,
+            prompt.patch_hw,
+            prompt.window_index,
+            prompt.frame_index,
+            remat=remat,
+            backend=backend,
         )
 
     def embed_prompt(self, prompt: Prompt, features: Array) -> Array:
@@ -71,14 +79,14 @@ class Qwen2_5_VL(nnx.Module):
         return jnp.where((prompt.vision_index >= 0)[..., None], placed, x)
 
     def prefill(
-        self, prompt: Prompt, features: Array, *, attention_chunk: int = 0
+        self, prompt: Prompt, features: Array, *, backend: Backend = XLA
     ) -> tuple[Array, PromptCache]:
         """Runs the prompts once.
 
         Args:
           prompt: a batch of P prompts.
           features: [P, U, D] from `encode_vision`.
-          attention_chunk: queries of a prompt whose scores exist at once; 0: all.
+          backend: what attends over the prompts.
 
         Returns:
           hidden [P, D] of each prompt's last token, which predicts every completion's first token,
@@ -87,7 +95,7 @@ class Qwen2_5_VL(nnx.Module):
         valid = prompt_valid(prompt)
 
         def attention(q: Array, k: Array, v: Array, extra: Any, carry: Any) -> Any:
-            return attend_causal(q, k, v, valid, attention_chunk), carry, (k, v)
+            return attend_prompts(q, k, v, valid, backend), carry, (k, v)
 
         x = self.embed_prompt(prompt, features)
         hidden, _, (k, v) = self.text(x, prompt.positions, attention)
@@ -146,7 +154,7 @@ class Qwen2_5_VL(nnx.Module):
         completions: Array,
         *,
         remat: Remat = "none",
-        attention_chunk: int = 0,
+        backend: Backend = XLA,
     ) -> Array:
         """The hidden states that predict every completion token, each prompt computed once.
 
@@ -159,7 +167,7 @@ class Qwen2_5_VL(nnx.Module):
           features: [P, U, D] from `encode_vision`.
           completions: int32[P, G, C]; what is behind a completion's end is never read by it.
           remat: what of each layer is kept for the backward pass.
-          attention_chunk: as in `prefill`.
+          backend: what attends over the packed sequences.
 
         Returns:
           [P, G, C, D]; entry c predicts token c. Entry 0 is the prompt's last token, for all G.
@@ -180,12 +188,7 @@ class Qwen2_5_VL(nnx.Module):
         positions = jnp.concatenate([prompt.positions, steps], axis=1)
 
         def attention(q: Array, k: Array, v: Array, extra: Any, carry: Any) -> Any:
-            q_own, k_own, v_own = (x[:, s:].reshape(p, g, c, *x.shape[2:]) for x in (q, k, v))
-            q, k, v = q[:, :s], k[:, :s], v[:, :s]
-            of_prompt = attend_causal(q, k, v, valid, attention_chunk)
-            own = attend_completions(q_own, k_own, v_own, k, v, valid, attention_chunk)
-            own = own.reshape(p, g * c, *own.shape[3:])
-            return jnp.concatenate([of_prompt, own], axis=1), carry, None
+            return attend_groups(q, k, v, valid, c, backend), carry, None
 
         hidden, _, _ = self.text(packed, positions, attention, remat=remat)
         first = _last(hidden[:, :s], prompt.length)[:, None, None]  # [P, 1, 1, D]

@@ -12,6 +12,7 @@ share a segment, in which each patch attends to its own frame.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from flax import nnx
 from jax import Array
 
 from models.attention import attend
+from models.attention_backend import XLA, Backend, frame_attention
 from models.layers import (
     Remat,
     project,
@@ -166,6 +168,7 @@ class VisionTower(nnx.Module):
         frame_index: Array,
         *,
         remat: Remat = "none",
+        backend: Backend = XLA,
     ) -> Array:
         """Encodes the patches of P prompts.
 
@@ -176,11 +179,13 @@ class VisionTower(nnx.Module):
           window_index: int32[P, W, Q] the patches of each window, -1 for padding.
           frame_index: int32[P, R', Q'] rows of whole frames, one or several each, -1 for padding.
           remat: what of each block is kept for the backward pass.
+          backend: what attends within frames; within windows it is always XLA.
 
         Returns:
           [P, U, O] features in window order, in the weights' dtype.
         """
-        return self.run(patches, patch_hw, window_index, frame_index, remat=remat)[0]
+        inputs = (patches, patch_hw, window_index, frame_index)
+        return self.run(*inputs, remat=remat, backend=backend)[0]
 
     def run(
         self,
@@ -190,14 +195,17 @@ class VisionTower(nnx.Module):
         frame_index: Array,
         *,
         remat: Remat = "none",
+        backend: Backend = XLA,
         keep: bool = False,
     ) -> tuple[Array, Array | None]:
         """As a call; with `keep`, also what each block gives, [B, P, N, D], to look inside."""
         config = self.config
         x = project(self.normalise(patches).astype(self.patch_embed[...].dtype), self.patch_embed)
         cos, sin = self.rotary(patch_hw)
-        windows = _segments(window_index, patches.shape[1])
-        frames = _frame_segments(frame_index, patch_hw)
+        window_inverse = invert(_flat(window_index), patches.shape[1])
+        in_windows = partial(attend, mask=(window_index >= 0)[:, :, None, :])
+        frame_inverse, frame = _frame_numbers(frame_index, patch_hw)
+        in_frames = frame_attention(frame, backend)
         block_def, block_params = nnx.split(self.blocks)
         is_full = np.isin(np.arange(config.depth), config.full_attention_blocks)
 
@@ -207,8 +215,8 @@ class VisionTower(nnx.Module):
             qkv = block.query_key_value(x, cos, sin)
             attended = jax.lax.cond(
                 full,
-                lambda y: _attend_segments(y, *frames),
-                lambda y: _attend_segments(y, *windows),
+                lambda y: _attend_segments(y, frame_index, frame_inverse, in_frames),
+                lambda y: _attend_segments(y, window_index, window_inverse, in_windows),
                 qkv,
             )
             x = split_by_prompt(block.finish(x, attended))
@@ -234,37 +242,42 @@ class VisionTower(nnx.Module):
         return jnp.cos(angle), jnp.sin(angle)
 
 
-def _segments(index: Array, rows: int) -> tuple[Array, Array, Array]:
-    """A table int32[P, R, Q] of windows, its inverse int32[P, N], the mask bool[P, R, 1, Q]."""
-    inverse = invert(index.reshape(index.shape[0], -1), rows)
-    return index, inverse, (index >= 0)[:, :, None, :]
-
-
-def _frame_segments(index: Array, patch_hw: Array) -> tuple[Array, Array, Array]:
-    """A table of rows of frames, its inverse, and who attends to whom: the patches of a frame.
+def _frame_numbers(index: Array, patch_hw: Array) -> tuple[Array, Array]:
+    """The inverse of a table of rows of frames, and the number of each slot's frame.
 
     A frame's first patch is at (0, 0) and no other is, so that counting those numbers the frames.
     One worked example: frames of 2 and 1 patches in a row of 4 slots, [0 1 2 -1], are numbered
-    [1 1 2 0], and the mask is [[1 1 0 0] [1 1 0 0] [0 0 1 0] [0 0 0 1]].
+    [1 1 2 0].
 
     Args:
       index: int32[P, R, Q], -1 for padding.
       patch_hw: int32[P, N, 2].
 
     Returns:
-      index, int32[P, N], bool[P, R, Q, Q].
+      int32[P, N], int32[P, R, Q].
     """
     frame = jnp.cumsum(jnp.all(patch_hw == 0, axis=-1), axis=1, dtype=index.dtype)[..., None]
-    flat = index.reshape(index.shape[0], -1)
+    flat = _flat(index)
     inverse = invert(flat, patch_hw.shape[1])
-    number = permute(frame, flat, inverse).reshape(index.shape)
-    return index, inverse, number[..., :, None] == number[..., None, :]
+    return inverse, permute(frame, flat, inverse).reshape(index.shape)
 
 
-def _attend_segments(qkv: Array, index: Array, inverse: Array, mask: Array) -> Array:
-    """Attention inside each segment, where the mask is true: [P, N, A, 3, H] -> [P, N, A, H]."""
-    p, r, q = index.shape
-    flat = index.reshape(p, r * q)
-    gathered = permute(qkv, flat, inverse).reshape(p, r, q, *qkv.shape[2:])
-    out = attend(gathered[..., 0, :], gathered[..., 1, :], gathered[..., 2, :], mask)
-    return permute(out.reshape(p, r * q, *out.shape[3:]), inverse, flat)
+def _attend_segments(
+    qkv: Array, index: Array, inverse: Array, attention: Callable[[Array, Array, Array], Array]
+) -> Array:
+    """Attention inside each segment: [P, N, A, 3, H] -> [P, N, A, H].
+
+    Args:
+      index: int32[P, R, Q] the patches of each segment, -1 for padding.
+      inverse: int32[P, N] where each patch went.
+      attention: queries, keys and values of segments, each [P, R, Q, A, H], to [P, R, Q, A, H].
+    """
+    flat = _flat(index)
+    gathered = permute(qkv, flat, inverse).reshape(*index.shape, *qkv.shape[2:])
+    out = attention(*(gathered[..., part, :] for part in range(3)))
+    return permute(out.reshape(*flat.shape, *out.shape[3:]), inverse, flat)
+
+
+def _flat(index: Array) -> Array:
+    """[P, R, Q] -> [P, R Q]."""
+    return index.reshape(index.shape[0], -1)

@@ -19,6 +19,7 @@ from jaxgrpo.config import GrpoSection
 from jaxgrpo.grpo import group_advantages
 from jaxgrpo.policy import Params, Policy, Vocabulary
 from jaxgrpo.update import UpdateBatch
+from models.attention_backend import XLA
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model
 from models.qwen2_5_vl.positions import Grid
@@ -69,7 +70,7 @@ def small_model(
         compute_dtype=jnp.dtype("float32"),
         remat="none",
         logit_chunk=0,
-        attention_chunk=0,
+        backend=XLA,
     )
     return SmallModel(original, policy, load(directory, config))
 

@@ -31,6 +31,7 @@ from jaxgrpo.rollout import Sampling
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.update import UpdateBatch, grpo_gradients, split_frozen
 from models.attention import attend_completions
+from models.attention_backend import Backend
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.positions import Grid
 from models.qwen2_5_vl.processor import Prompt
@@ -106,7 +107,7 @@ BUCKET = Size(tokens=40, patches=64, windows=4, frames=2, frame_patches=48)
 # One chunk of logits is not computed again on CPUs: XLA sees through it.
 PLAIN = Step(BUCKET, prompts=2, group=3, length=8, logit_chunk=3)
 # Two blocks of the prompt's queries, one of the completions': see the last section for more.
-CHUNKED = dataclasses.replace(PLAIN, attention_chunk=24, remat="layer")
+CHUNKED = dataclasses.replace(PLAIN, backend=Backend(chunk=24), remat="layer")
 FROZEN = dataclasses.replace(PLAIN, freeze_vision=True)
 
 
@@ -121,7 +122,7 @@ def shapes_of(small: SmallModel, step: Step) -> tuple[Any, Any, Any, Any]:
     policy = small.policy._replace(
         remat=step.remat,
         logit_chunk=step.logit_chunk,
-        attention_chunk=step.attention_chunk,
+        backend=step.backend,
     )
     mesh = make_mesh(MeshSection(data=1), jax.devices()[:1])
     prompt = prompt_shapes(mesh, policy.config.vision, step.bucket, step.prompts)
@@ -255,8 +256,46 @@ def test_the_layers_of_the_3b_model_take_two_flops_per_weight_and_token() -> Non
 def test_blocks_of_queries_halve_causal_attention() -> None:
     size = Size(tokens=4096, patches=0, windows=0, frames=0, frame_patches=0)
     whole, blocks, exact = (
-        parts(rollout_flops(released("3B"), Step(size, 1, 1, 1, attention_chunk=n)), "prefill")[1]
-        for n in (0, 1024, 1)
+        parts(rollout_flops(released("3B"), Step(size, 1, 1, 1, backend=backend)), "prefill")[1]
+        for backend in (Backend(chunk=0), Backend(chunk=1024), Backend(chunk=1))
     )
     assert blocks / whole == (1 + 2 + 3 + 4) / 16
     assert exact / whole == (4096 * 4097 / 2) / 4096**2
+
+
+# ---- kernels ----
+
+TEXT = Size(tokens=4096, patches=0, windows=0, frames=0, frame_patches=0)
+
+
+def test_splash_computes_whole_blocks_twice_forward_and_seven_times_backward() -> None:
+    """8 blocks of a prompt in each of 36; 8 completions of one block read those 8 and their own."""
+    step = Step(TEXT, 1, group=8, length=512, backend=Backend("splash"), remat="layer")
+    flops = {part.name: part for part in update_flops(released("3B"), step).parts}
+    product = 2 * 36 * 16 * 128 * (8 * 9 // 2 + 8 * (8 + 1)) * 512**2
+    assert flops["forward: layers"].kernel == 2 * product
+    assert flops["backward: layers"].kernel == 7 * product
+    assert flops["recomputed: layers"].kernel == 2 * product
+    assert all(part.attention == 0 for part in flops.values())
+
+
+def test_cudnn_skips_what_is_above_the_diagonal_of_a_prompt() -> None:
+    step = Step(TEXT, 1, group=8, length=512, backend=Backend("cudnn"))
+    flops = {part.name: part for part in update_flops(released("3B"), step).parts}
+    product = 2 * 36 * 16 * 128 * (4096 * 4097 // 2 + 8 * 512 * (4096 + 512))
+    assert flops["forward: layers"].kernel == 2 * product
+    assert flops["backward: layers"].kernel == 5 * product
+
+
+def test_windows_and_decoding_stay_with_xla_and_frames_are_padded_to_blocks() -> None:
+    """A row of 720 patches is two blocks of 384; heads of 80 are padded to 128."""
+    size = TEXT._replace(patches=1440, windows=24, frames=2, frame_patches=720)
+    config = released("3B")
+    kernel, xla = (
+        {part.name: part for part in rollout_flops(config, Step(size, 1, 8, 64, 0, b)).parts}
+        for b in (Backend("splash"), Backend())
+    )
+    assert kernel["vision"].kernel == 4 * 2 * 768**2 * 4 * 16 * 128
+    assert kernel["vision"].attention == 28 * 24 * 64**2 * 4 * 16 * 80
+    assert kernel["decode"] == xla["decode"] and kernel["vision"].matmul == xla["vision"].matmul
+    assert xla["vision"].kernel == xla["prefill"].kernel == kernel["prefill"].attention == 0

@@ -110,3 +110,12 @@ def test_a_module_knows_its_entry_devices_and_donations() -> None:
 def test_what_is_no_program_is_refused(text: str, message: str) -> None:
     with pytest.raises(HloError, match=message):
         Module.parse(text)
+
+
+def test_what_a_kernel_says_of_itself_over_several_lines_is_passed_over() -> None:
+    notes = 'frontend_attributes={kernel_metadata={\n"blocks":"{\\"q\\": 512}"\n}}'
+    kernel = f'custom-call(%a), custom_call_target="tpu_custom_call", {notes}'
+    text = MODULE.replace("fusion(%a), kind=kLoop, calls=%inner", kernel)
+    module = Module.parse(text.replace("calls=%other", "k"))
+    assert [i.name for i in module.entry] == ["a", "f"]
+    assert (module.entry.root.target, module.entry.root.op_name) == ("tpu_custom_call", "k")

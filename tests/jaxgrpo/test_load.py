@@ -21,9 +21,10 @@ from data.prompts import target_text
 from data.records import read_manifest
 from data.sources import FolderClips
 from jaxgrpo import cli
-from jaxgrpo.config import MeshSection
+from jaxgrpo.config import ConfigError, MeshSection, ModelSection
 from jaxgrpo.inputs import PromptLoader
 from jaxgrpo.load import (
+    choose_backend,
     load_params,
     model_directory,
     open_processor,
@@ -32,6 +33,7 @@ from jaxgrpo.load import (
     weight_steps,
 )
 from jaxgrpo.sharding import make_mesh, param_shardings
+from models.attention_backend import Backend
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model
 from tests.jaxgrpo import tiny_run
@@ -267,3 +269,44 @@ def test_a_wrong_weight_is_named(
     message = mistake(place, model, tmp_path, capsys)
     assert says in message and str(model) in message
     assert message.startswith("error: ")
+
+
+# ---- what computes attention ----
+
+
+def section(attention: Any, dtype: Any = "bfloat16") -> ModelSection:
+    return ModelSection("unused", attention=attention, compute_dtype=dtype, attention_chunk=7)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "kernel"),
+    [
+        ("tpu", "bfloat16", "splash"),
+        ("tpu", "float32", "splash"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("gpu", "float32", "xla"),  # cuDNN's kernel has no float32
+        ("cpu", "bfloat16", "xla"),
+    ],
+)
+def test_attention_is_computed_by_what_fits_the_devices(
+    platform: str, dtype: str, kernel: Any
+) -> None:
+    assert choose_backend(section("auto", dtype), platform) == Backend(kernel, chunk=7)
+    assert choose_backend(section(kernel, dtype), platform) == Backend(kernel, chunk=7)
+    assert choose_backend(section("xla", dtype), platform) == Backend("xla", chunk=7)
+
+
+@pytest.mark.parametrize(
+    ("named", "platform", "dtype", "says"),
+    [
+        ("splash", "cpu", "bfloat16", "needs TPUs; this is cpu .*=auto, which takes xla$"),
+        ("splash", "gpu", "bfloat16", "needs TPUs; this is gpu .*=auto, which takes cudnn$"),
+        ("cudnn", "tpu", "bfloat16", "needs GPUs and .*; this is tpu"),
+        ("cudnn", "gpu", "float32", "model.compute_dtype=bfloat16; this is gpu in float32"),
+    ],
+)
+def test_a_kernel_that_cannot_run_there_is_refused_by_name(
+    named: str, platform: str, dtype: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"model.attention={named} .*{says}"):
+        choose_backend(section(named, dtype), platform)

@@ -18,6 +18,7 @@ from jaxgrpo.config import (
 from jaxgrpo.memory import caches, count
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.topology import GIB
+from models.attention_backend import XLA, Backend
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.sizes import Size
 from tests.oracle.hf_model import released_config
@@ -27,7 +28,7 @@ MODEL = ModelConfig.from_dict(released_config(tied=False))
 BUCKET = Size(tokens=100, patches=80, windows=3, frames=2, frame_patches=40)
 CONFIG = Config(
     run_dir="unused",
-    model=ModelSection(path="unused", logit_chunk=0, attention_chunk=0),
+    model=ModelSection(path="unused", logit_chunk=0),
     data=DataSection(train="unused"),
     rollout=RolloutSection(prompts=8, group=2, max_new_tokens=10),
 )
@@ -40,10 +41,12 @@ HELD = {
 }
 
 
-def counted(program: str, config: Config = CONFIG, **mesh: int) -> dict[str, float]:
+def counted(
+    program: str, config: Config = CONFIG, backend: Backend = XLA, **mesh: int
+) -> dict[str, float]:
     section = MeshSection(**{"data": 1, **mesh})
     devices = jax.devices()[: section.data * section.fsdp * section.tensor]
-    return count(program, config, MODEL, BUCKET, make_mesh(section, devices), HELD)
+    return count(program, config, MODEL, BUCKET, make_mesh(section, devices), backend, HELD)
 
 
 def test_caches_hold_each_prompt_once_and_its_completions() -> None:
@@ -106,3 +109,12 @@ def test_sampling_holds_the_copy_and_the_caches_but_no_gradients() -> None:
     }
     assert counted("publish") == {"weights": 4.0, "sampler's copy": 2.0}
     assert counted("reference")["weights"] == 2.0
+
+
+def test_a_kernel_keeps_scores_on_the_chip() -> None:
+    """XLA holds them, float32 and as probabilities, for all queries and heads at once."""
+    of_xla, of_kernel = (
+        counted("rollout", backend=backend)["one layer's activations"] * GIB
+        for backend in (XLA, Backend("cudnn"))
+    )
+    assert of_xla - of_kernel == pytest.approx(8 * 100 * (100 + 10) * 4 * (4 + 2))

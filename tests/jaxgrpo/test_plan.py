@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from jaxgrpo import hlo
 from jaxgrpo import plan as planning
 from jaxgrpo.config import Config, ConfigError, from_dict
 from jaxgrpo.config import load as load_config
@@ -25,6 +27,8 @@ from models.qwen2_5_vl.config import ModelConfig
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("configs/[37]b_*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOKENS = 640  # of a prompt: no width or other size of the 3B model
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux and Python 3.11"
@@ -47,7 +51,7 @@ def config_of(model_path: str, **changes: Any) -> Config:
     raw: dict[str, Any] = {
         "run_dir": "unused",
         "model": {"path": model_path},
-        "data": {"train": "unused", "eval": "unused", "buckets": [512]},
+        "data": {"train": "unused", "eval": "unused", "buckets": [TOKENS]},
         "rollout": {"prompts": 4, "group": 2, "max_new_tokens": 64},
         "eval": {"batch": 4},
         "mesh": {"fsdp": 2, "tensor": 2},
@@ -58,11 +62,33 @@ def config_of(model_path: str, **changes: Any) -> Config:
 # ---- TPUs: compiled ----
 
 
+class Planned(NamedTuple):
+    plan: Plan
+    texts: list[str]  # of the compiled programs, in the plan's order
+    works: list[hlo.Work]
+
+
 @pytest.fixture(scope="module")
-def plan(model_path: str) -> Plan:
+def planned(model_path: str) -> Planned:
     topology = find("v5e:2x2")
     before_jax_starts(topology)
-    return make_plan(config_of(model_path), topology, lambda text: None)
+    texts, works, original = [], [], hlo.read
+
+    def read(text: str, **options: Any) -> hlo.Report:
+        report = original(text, **options)
+        texts.append(text)
+        works.append(report.work)
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hlo, "read", read)
+        plan = make_plan(config_of(model_path), topology, lambda text: None)
+    return Planned(plan, texts, works)
+
+
+@pytest.fixture(scope="module")
+def plan(planned: Planned) -> Plan:
+    return planned.plan
 
 
 @needs_libtpu
@@ -77,6 +103,50 @@ def test_products_are_those_of_the_formula(plan: Plan) -> None:
     for p in plan.programs[1:]:
         assert p.matmul_tflop and p.formula_tflop
         assert 0.98 <= p.matmul_tflop / p.formula_tflop <= 1.1, p.name
+
+
+def quadratic(text: str) -> set[str]:
+    """The shapes in a program's text that have two axes of at least a prompt's tokens each.
+
+    Weights, and patches beside widths, are not meant: neither is as long as a prompt exactly.
+    """
+    shapes = set(re.findall(r"\w+\[[\d,]+\]", text))
+    return {x for x in shapes if re.findall(r"\d+", x.partition("[")[2]).count(str(TOKENS)) > 1}
+
+
+@needs_libtpu
+def test_no_scores_of_a_prompt_over_itself_are_made(planned: Planned) -> None:
+    assert quadratic("%s = f32[2,8,640,640]{3,2,1,0} dot(%q, %k)") == {"f32[2,8,640,640]"}
+    for program, text in zip(planned.plan.programs, planned.texts, strict=True):
+        assert not quadratic(text), program.name
+
+
+@needs_libtpu
+def test_kernels_run_once_forward_again_with_remat_and_twice_backward(planned: Planned) -> None:
+    """In two layers and in one of two vision blocks; the formula counts on it."""
+    executed = {}
+    for program, work in zip(planned.plan.programs, planned.works, strict=True):
+        calls = [(u.op_name.split("/")[-2], u.times) for u in work.unknown]
+        executed[program.name] = [
+            sum(times for name, times in calls if name.startswith(f"splash_mha_{kernel}_"))
+            for kernel in ("fwd", "dq", "dkv")
+        ]
+    assert executed == {
+        "publish": [0, 0, 0],
+        "rollout": [3, 0, 0],
+        "reference": [3, 0, 0],
+        "update": [6, 3, 3],
+    }
+
+
+@needs_libtpu
+def test_attention_in_kernels_is_by_formula_and_said_to_be(plan: Plan) -> None:
+    publish, rollout, reference, update = plan.programs
+    assert plan.config["attention"] == "splash" and publish.kernel_formula_tflop == 0
+    for p in (rollout, reference, update):
+        assert p.kernel_formula_tflop and p.kernel_formula_tflop > 0
+        assert p.attention_tflop == pytest.approx(p.attention_formula_tflop, rel=0.05)
+    assert "attention in them is by formula" in table(plan)
 
 
 @needs_libtpu
@@ -158,6 +228,7 @@ def test_gpus_are_planned_without_a_compiler(model_path: str) -> None:
     config = config_of(model_path, mesh={"fsdp": 8}, rollout={"prompts": 8}, eval={"batch": 8})
     plan = make_plan(config, find("h100:8"), lambda text: None)
     assert plan.fits and "lower bound" in plan.note and "libtpu" not in plan.versions
+    assert plan.config["attention"] == "cudnn"
     for p in plan.programs:
         assert p.peak_gib == pytest.approx(sum(p.counted_gib.values()))
         assert p.compile_seconds is None and p.matmul_tflop is None
@@ -212,7 +283,7 @@ def test_a_bucket_smaller_than_a_whole_video_takes_a_smaller_one() -> None:
     config = config_of("x")
     model = ModelConfig.load(ROOT / "configs" / "models" / "Qwen2.5-VL-3B-Instruct")
     bucket = assumed_bucket(config.data, model)
-    assert bucket.patches // 4 + 256 <= bucket.tokens == 512
+    assert bucket.patches // 4 + 256 <= bucket.tokens == TOKENS
 
 
 # ---- the recipes ----

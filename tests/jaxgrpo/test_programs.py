@@ -44,6 +44,7 @@ from jaxgrpo.sharding import (
     put_scalar,
 )
 from jaxgrpo.update import TrainState, UpdateBatch, make_optimizer, split_frozen
+from models.attention_backend import Backend
 from models.qwen2_5_vl.processor import Prompt, collate
 from rewards.answers import Answers
 from rewards.dual import Truth
@@ -125,7 +126,7 @@ ADVANTAGES = [[1.0, -0.5, -0.5], [0.0, 0.7, -0.7]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     small = small_model(tmp_path_factory.mktemp("model"), tied=True)
     small = small._replace(
-        policy=small.policy._replace(remat="layer", logit_chunk=3, attention_chunk=5)
+        policy=small.policy._replace(remat="layer", logit_chunk=3, backend=Backend(chunk=5))
     )
     mesh = make_mesh(MeshSection(data=1), jax.devices()[:1])
     shardings = param_shardings(small.policy.config, mesh)

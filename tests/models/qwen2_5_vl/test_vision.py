@@ -18,7 +18,7 @@ from models.layers import Remat
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, random_params
 from models.qwen2_5_vl.positions import Grid, pack_frames
-from models.qwen2_5_vl.vision import VisionTower, _frame_segments, invert, permute
+from models.qwen2_5_vl.vision import VisionTower, _frame_numbers, invert, permute
 from tests.oracle.hf_model import released_config
 from tests.oracle.prompts import random_prompt
 
@@ -180,13 +180,12 @@ def test_frames_that_share_a_row_are_as_frames_in_rows_of_their_own(tower: Visio
         assert float(jnp.linalg.norm(a - b)) <= 1e-5 * float(jnp.linalg.norm(b))
 
 
-def test_a_patch_attends_to_its_frame_as_in_the_docstring() -> None:
+def test_frames_are_numbered_as_in_the_docstring() -> None:
     patch_hw = jnp.array([[[0, 0], [0, 1], [0, 0], [0, 0]]])  # the last is padding
     table = jnp.array([[[0, 1, 2, -1]]])
-    _, inverse, mask = _frame_segments(table, patch_hw)
+    inverse, number = _frame_numbers(table, patch_hw)
     np.testing.assert_array_equal(inverse, [[0, 1, 2, -1]])
-    expected = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    np.testing.assert_array_equal(mask[0, 0], np.array(expected, bool))
+    np.testing.assert_array_equal(number, [[[1, 1, 2, 0]]])
 
 
 def test_kept_blocks_are_what_each_block_gives_up_to_the_merger(tower: VisionTower) -> None:
