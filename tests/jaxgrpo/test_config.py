@@ -180,6 +180,7 @@ def test_only_these_keys_are_resumable() -> None:
     found |= {item.name for item in dataclasses.fields(Config) if "resumable" in item.metadata}
     assert found == {
         *("run_dir", "eval", "checkpoint", "mesh", "log", "compilation_cache", "profile"),
+        "model.attention",
         *(
             "data.root",
             "data.shard_mib",
