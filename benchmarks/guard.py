@@ -24,7 +24,7 @@ from benchmarks.grpo.workload import WORKLOADS, raw_config
 from jaxgrpo import config as configs
 from jaxgrpo import hlo
 from jaxgrpo.config import Config, MeshSection
-from jaxgrpo.flops import is_attention
+from jaxgrpo.flops import branch_shares, is_attention
 from jaxgrpo.load import choose_backend, make_policy, open_processor, vocabulary_of
 from jaxgrpo.metrics import CompileCounter
 from jaxgrpo.plan import assumed_bucket
@@ -79,7 +79,6 @@ def measure(name: str) -> dict[str, Any]:
                 if program is not None:
                     programs[f"{part} of {length} tokens"] = program
         compiled = {part: program.compile() for part, program in programs.items()}
-    full = len(policy.config.vision.full_attention_blocks) / policy.config.vision.depth
     figures = {}
     for part, program in compiled.items():
         text, memory = program.as_text(), program.memory_analysis()
@@ -87,7 +86,7 @@ def measure(name: str) -> dict[str, Any]:
         work = hlo.read(
             text,
             loop_limit=config.rollout.max_new_tokens,
-            branch_shares=lambda op_name: [1 - full, full] if "cond" in op_name else None,
+            branch_shares=branch_shares(policy.config.vision),
         ).work
         figures[part] = {
             "matmul_flops": work.flops(lambda matmul: not is_attention(matmul)),

@@ -258,7 +258,7 @@ def _run(options: argparse.Namespace) -> int:
 
         return plan.main(settings, options.topology, options.slices, options.json)
     if options.command == "inspect":
-        from jaxgrpo import inspection
+        from jaxgrpo.inspection import main as inspection
 
         return inspection.main(settings, options.out, options.json, options.show)
     if options.command == "rescore":

@@ -40,6 +40,7 @@ XLA on CPUs sees through some of it, and computes less: one chunk of logits is n
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxgrpo.hlo import Matmul
@@ -61,6 +62,12 @@ def is_attention(matmul: Matmul) -> bool:
     """
     names = ("kgrt", SPLASH)
     return any(name in matmul.op_name for name in names) or (matmul.batched and not matmul.op_name)
+
+
+def branch_shares(config: VisionConfig) -> Callable[[str], list[float] | None]:
+    """For `hlo.read`: how often the branches of our only conditional, a vision block's, run."""
+    full = len(config.full_attention_blocks) / config.depth
+    return lambda op_name: [1 - full, full] if "cond" in op_name else None
 
 
 @dataclasses.dataclass(frozen=True)

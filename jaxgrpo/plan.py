@@ -247,13 +247,12 @@ def _compiled(
             error=str(error).partition("\n")[0],
         )
     seconds = time.perf_counter() - started
-    full = len(model.vision.full_attention_blocks) / model.vision.depth
     text, needed = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and needed is not None, "libtpu gives both"
     report = hlo.read(
         text,
         loop_limit=config.rollout.max_new_tokens,
-        branch_shares=lambda op_name: [1 - full, full] if "cond" in op_name else None,
+        branch_shares=flops.branch_shares(model.vision),
         devices_per_slice=topology.devices // topology.slices,
     )
     return ProgramPlan(

@@ -6,13 +6,9 @@ import dataclasses
 from typing import Final, Literal
 
 from rewards.parse import RewardError
+from rewards.weights import check_weight
 
 Temporal = Literal["iou", "giou", "tiou"]  # see `rewards.temporal`
-
-
-def _check_weight(name: str, weight: float) -> None:
-    if not 0 <= weight <= 1e6:  # NaN fails too
-        raise RewardError(f"{name}: expected a number from 0 to 1e6, found {weight}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +25,7 @@ class LengthBand:
     right: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_weight("length.weight", self.weight)
+        check_weight("length.weight", self.weight)
         if not 0 <= self.min <= self.max:
             raise RewardError(f"length: expected 0 <= min <= max, found {self.min} and {self.max}.")
         if not 0 < self.right <= 1:
@@ -49,7 +45,7 @@ class Overlong:
     limit: int = 512
 
     def __post_init__(self) -> None:
-        _check_weight("overlong.weight", self.weight)
+        check_weight("overlong.weight", self.weight)
         if self.cache < 1 or self.limit < 1:
             raise RewardError(
                 f"overlong: expected a cache and a limit of at least 1 token, found {self.cache} "
@@ -83,7 +79,7 @@ class Custom:
                 f"custom.function: expected module:function, such as my_rewards:short_thoughts, "
                 f"found {self.function!r}."
             )
-        _check_weight("custom.weight", self.weight)
+        check_weight("custom.weight", self.weight)
         if not -1e6 <= self.low < self.high <= 1e6:
             raise RewardError(
                 f"custom: expected -1e6 <= low < high <= 1e6, found {self.low} and {self.high}."

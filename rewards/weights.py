@@ -7,6 +7,12 @@ import dataclasses
 from rewards.parse import RewardError
 
 
+def check_weight(name: str, weight: float) -> None:
+    """Raises RewardError unless the total stays finite in float32; NaN does not."""
+    if not 0 <= weight <= 1e6:
+        raise RewardError(f"{name}: expected a number from 0 to 1e6, found {weight}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class RewardWeights:
     """What each component adds to the total at its best, 0 to 1e6.
@@ -25,7 +31,4 @@ class RewardWeights:
 
     def __post_init__(self) -> None:
         for name, weight in dataclasses.asdict(self).items():
-            if not 0 <= weight <= 1e6:  # NaN fails too; the total stays finite in float32
-                raise RewardError(
-                    f"weight {name!r}: expected a number from 0 to 1e6, found {weight}."
-                )
+            check_weight(f"weight {name!r}", weight)

@@ -153,7 +153,7 @@ def run(directory: Path, processor: Processor, given: Inputs, dtype: Dtype) -> R
     batch = jax.tree.map(lambda x: x[None], given.prompt)
     precision = "highest" if dtype == "float32" else "default"  # float32 means so on accelerators
     with jax.default_matmul_precision(precision):
-        features, blocks = model.vision.run(
+        features, blocks = model.vision(
             batch.patches, batch.patch_hw, batch.window_index, batch.frame_index, keep=True
         )
         assert blocks is not None

@@ -60,7 +60,7 @@ class Qwen2_5_VL(nnx.Module):
         if prompt.patches.shape[1] == 0:
             dtype = self.text.embed[...].dtype
             return jnp.zeros((len(prompt.patches), 0, self.config.text.width), dtype)
-        return self.vision(
+        features, _ = self.vision(
             prompt.patches,
             prompt.patch_hw,
             prompt.window_index,
@@ -68,6 +68,7 @@ class Qwen2_5_VL(nnx.Module):
             remat=remat,
             backend=backend,
         )
+        return features
 
     def embed_prompt(self, prompt: Prompt, features: Array) -> Array:
         """Token embeddings [P, S, D], with vision features put in by position, not by id."""

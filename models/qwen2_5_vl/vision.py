@@ -169,7 +169,8 @@ class VisionTower(nnx.Module):
         *,
         remat: Remat = "none",
         backend: Backend = XLA,
-    ) -> Array:
+        keep: bool = False,
+    ) -> tuple[Array, Array | None]:
         """Encodes the patches of P prompts.
 
         Args:
@@ -180,25 +181,12 @@ class VisionTower(nnx.Module):
           frame_index: int32[P, R', Q'] rows of whole frames, one or several each, -1 for padding.
           remat: what of each block is kept for the backward pass.
           backend: what attends within frames; within windows it is always XLA.
+          keep: whether to return what each block gives, to look inside.
 
         Returns:
-          [P, U, O] features in window order, in the weights' dtype.
+          [P, U, O] features in window order, in the weights' dtype; with `keep`, [B, P, N, D] of
+          the blocks.
         """
-        inputs = (patches, patch_hw, window_index, frame_index)
-        return self.run(*inputs, remat=remat, backend=backend)[0]
-
-    def run(
-        self,
-        patches: Array,
-        patch_hw: Array,
-        window_index: Array,
-        frame_index: Array,
-        *,
-        remat: Remat = "none",
-        backend: Backend = XLA,
-        keep: bool = False,
-    ) -> tuple[Array, Array | None]:
-        """As a call; with `keep`, also what each block gives, [B, P, N, D], to look inside."""
         config = self.config
         x = project(self.normalise(patches).astype(self.patch_embed[...].dtype), self.patch_embed)
         cos, sin = self.rotary(patch_hw)

@@ -159,7 +159,7 @@ def test_the_traceback_of_a_mistake_is_shown_on_demand(monkeypatch: pytest.Monke
         ("sft", "sft", "the same command goes on"),
         ("eval", "evaluate", "no scores were written"),
         ("export", "export", "nothing was exported"),
-        ("inspect", "inspection", "no report was written"),
+        ("inspect", "inspection.main", "no report was written"),
     ],
 )
 def test_ctrl_c_says_what_is_left(

@@ -20,6 +20,7 @@ from jaxgrpo.config import GrpoSection, MeshSection
 from jaxgrpo.flops import (
     Flops,
     Step,
+    branch_shares,
     is_attention,
     reference_flops,
     rollout_flops,
@@ -112,9 +113,8 @@ FROZEN = dataclasses.replace(PLAIN, freeze_vision=True)
 
 
 def executed(program: Any, config: ModelConfig) -> Work:
-    """What a compiled program does; a vision block attends to frames once in `depth` blocks."""
-    full = len(config.vision.full_attention_blocks) / config.vision.depth
-    return read(program.compile().as_text(), branch_shares=lambda _: (1 - full, full)).work
+    """What a compiled program does."""
+    return read(program.compile().as_text(), branch_shares=branch_shares(config.vision)).work
 
 
 def shapes_of(small: SmallModel, step: Step) -> tuple[Any, Any, Any, Any]:

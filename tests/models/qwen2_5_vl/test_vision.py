@@ -136,7 +136,7 @@ def test_rematerialisation_changes_neither_features_nor_gradients(
     @jax.jit(static_argnames="remat")
     def features_and_gradient(params: nnx.State, remat: Remat) -> tuple[jax.Array, nnx.State]:
         def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
-            features = nnx.merge(graphdef, params)(
+            features, _ = nnx.merge(graphdef, params)(
                 batch.patches, batch.patch_hw, batch.window_index, batch.frame_index, remat=remat
             )
             return jnp.sum(jnp.square(features)), features
@@ -163,7 +163,7 @@ def test_frames_that_share_a_row_are_as_frames_in_rows_of_their_own(tower: Visio
     def features_and_gradient(params: nnx.State, table: jax.Array) -> tuple[jax.Array, nnx.State]:
         def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
             rest = (prompt.patches, prompt.patch_hw, prompt.window_index)
-            features = nnx.merge(graphdef, params)(*(jnp.asarray(x)[None] for x in rest), table)
+            features, _ = nnx.merge(graphdef, params)(*(jnp.asarray(x)[None] for x in rest), table)
             return jnp.sum(features * weight), features
 
         gradient, features = jax.grad(loss, has_aux=True)(params)
@@ -192,11 +192,11 @@ def test_kept_blocks_are_what_each_block_gives_up_to_the_merger(tower: VisionTow
     prompt = random_prompt(np.random.default_rng(0), [1, Grid(2, 4, 4)])
     batch = jax.tree.map(lambda x: x[None], prompt)
     inputs = (batch.patches, batch.patch_hw, batch.window_index, batch.frame_index)
-    features, blocks = tower.run(*inputs, keep=True)
+    features, blocks = tower(*inputs, keep=True)
     assert blocks is not None and blocks.shape == (3, 1, 32, CONFIG.vision.width)
     merged = tower.merger(blocks[-1], CONFIG.vision.merge_area)
     np.testing.assert_allclose(merged, features, atol=1e-5)
-    np.testing.assert_allclose(tower(*inputs), features, atol=1e-5)
+    np.testing.assert_allclose(tower(*inputs)[0], features, atol=1e-5)
 
 
 def test_features_have_the_weights_type_and_the_text_models_width(tower: VisionTower) -> None:
@@ -205,7 +205,7 @@ def test_features_have_the_weights_type_and_the_text_models_width(tower: VisionT
     graphdef, params = nnx.split(tower)
     half = nnx.merge(graphdef, jax.tree.map(lambda w: w.astype(jnp.bfloat16), params))
     inputs = (batch.patches, batch.patch_hw, batch.window_index, batch.frame_index)
-    features, exact = half(*inputs), tower(*inputs)
+    (features, _), (exact, _) = half(*inputs), tower(*inputs)
     assert features.shape == (1, 8, CONFIG.text.width)
     assert features.dtype == jnp.bfloat16
     scale = float(exact.std())

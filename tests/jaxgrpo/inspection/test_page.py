@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from jaxgrpo import config
-from jaxgrpo.inspection import Inspection, Shown
-from jaxgrpo.inspection_page import histograms, page, summary
-from jaxgrpo.right_answers import Short
-from jaxgrpo.survey import Bad, Bucket, Column, Outside, Overflow
-from tests.jaxgrpo.surveys import ANSWERS, a_survey
+from jaxgrpo.inspection.main import Inspection, Shown
+from jaxgrpo.inspection.page import histograms, page, summary
+from jaxgrpo.inspection.right_answers import Short
+from jaxgrpo.inspection.survey import Bad, Bucket, Column, Outside, Overflow
+from tests.jaxgrpo.inspection.surveys import ANSWERS, a_survey
 
 CONFIG = config.from_dict({"run_dir": "r<u>n", "model": {"path": "m"}, "data": {"train": "t"}})
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"

@@ -18,8 +18,8 @@ from data.records import ROUNDING, SPAN_TASKS, Record
 from jaxgrpo.config import Config
 from jaxgrpo.dataset import Dataset, step_plan
 from jaxgrpo.inputs import Measured
+from jaxgrpo.inspection.right_answers import RightAnswers, score_targets, write_targets
 from jaxgrpo.mixture import draws
-from jaxgrpo.right_answers import RightAnswers, score_targets, write_targets
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.processor import Processor
 from models.qwen2_5_vl.sizes import Size

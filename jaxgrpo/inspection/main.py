@@ -24,17 +24,17 @@ from data.probe import Probe, VideoError
 from data.prompts import target_text
 from data.records import Record, write_atomically
 from data.storage import is_url
-from jaxgrpo import inspection_page, survey
 from jaxgrpo.config import Config, to_dict
-from jaxgrpo.contact_sheet import contact_sheet, frames_of
 from jaxgrpo.dataset import Dataset
 from jaxgrpo.evaluate import truth_text
-from jaxgrpo.findings import counted, problem, warnings
 from jaxgrpo.inputs import InputError, Inputs, check_fits, measure, prompt_loader, sort_into_buckets
+from jaxgrpo.inspection import page, survey
+from jaxgrpo.inspection.contact_sheet import contact_sheet, frames_of
+from jaxgrpo.inspection.findings import counted, problem, warnings
+from jaxgrpo.inspection.survey import Survey
 from jaxgrpo.load import open_processor
 from jaxgrpo.output import OutputError
 from jaxgrpo.scoring import open_reward
-from jaxgrpo.survey import Survey
 from models.qwen2_5_vl.processor import Processor, Prompt
 
 FIGURES = "inspect.json"
@@ -105,7 +105,7 @@ def main(config: Config, out: str | None, as_json: bool, show: Sequence[str]) ->
     folder = _folder(config, out)
     with contextlib.redirect_stdout(sys.stderr):  # only the result goes to stdout
         found, pictures = inspect(config, show)
-        pictures[HISTOGRAMS] = inspection_page.histograms(found.train)
+        pictures[HISTOGRAMS] = page.histograms(found.train)
     figures = {
         "trainable": found.trainable,
         "verdict": found.verdict,
@@ -118,12 +118,12 @@ def main(config: Config, out: str | None, as_json: bool, show: Sequence[str]) ->
         stale.unlink()
     for name, picture in pictures.items():
         (folder / name).write_bytes(picture)
-    write_atomically(folder / PAGE, inspection_page.page(found, config, HISTOGRAMS))
+    write_atomically(folder / PAGE, page.page(found, config, HISTOGRAMS))
     write_atomically(folder / FIGURES, text)
     if as_json:
         print(text)
     else:
-        print(inspection_page.summary(found))
+        print(page.summary(found))
         beside = ", ".join([FIGURES, *sorted(pictures)])
         print(f"wrote {folder / PAGE}, and beside it {beside}")
         again = "mend the problems above, then run the same command again"

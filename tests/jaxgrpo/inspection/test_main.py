@@ -14,7 +14,7 @@ from PIL import Image
 from data.records import read_manifest, write_manifest
 from jaxgrpo import cli
 from jaxgrpo.inputs import Inputs, prepare, prompt_loader
-from jaxgrpo.inspection import prompt_text
+from jaxgrpo.inspection.main import prompt_text
 from jaxgrpo.load import open_processor
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import Workplace

@@ -11,9 +11,9 @@ from data.records import Record, read_manifest, write_manifest
 from jaxgrpo.config import Config
 from jaxgrpo.dataset import step_plan
 from jaxgrpo.inputs import PromptCollator, measure, prompt_loader, sort_into_buckets
+from jaxgrpo.inspection.survey import Survey, mend_overflows, survey
 from jaxgrpo.load import open_processor
 from jaxgrpo.scoring import open_reward
-from jaxgrpo.survey import Survey, mend_overflows, survey
 from models.qwen2_5_vl.processor import Processor
 from tests.data.broken import write_odd
 from tests.jaxgrpo import tiny_run

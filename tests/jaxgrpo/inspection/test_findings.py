@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from jaxgrpo import config
-from jaxgrpo.findings import problem, warnings
-from jaxgrpo.right_answers import Short
-from jaxgrpo.survey import Bad, Bucket, Outside, Overflow, Steps, Survey
-from tests.jaxgrpo.surveys import ANSWERS, a_survey
+from jaxgrpo.inspection.findings import problem, warnings
+from jaxgrpo.inspection.right_answers import Short
+from jaxgrpo.inspection.survey import Bad, Bucket, Outside, Overflow, Steps, Survey
+from tests.jaxgrpo.inspection.surveys import ANSWERS, a_survey
 
 CONFIG = config.from_dict(
     {"run_dir": "r", "model": {"path": "m"}, "data": {"train": "t"}, "rollout": {"prompts": 4}}

@@ -6,7 +6,7 @@ import collections
 from collections.abc import Iterator, Sequence
 
 from jaxgrpo.config import Config
-from jaxgrpo.survey import Survey
+from jaxgrpo.inspection.survey import Survey
 
 _NAMED = 5  # items that a sentence names
 _WASTE = 1.5  # tokens computed for each real one, above which a bucket is worth a warning

@@ -8,8 +8,8 @@ import pytest
 
 from data.records import Record
 from jaxgrpo import config
+from jaxgrpo.inspection.right_answers import RightAnswers, score_targets, write_targets
 from jaxgrpo.load import open_processor
-from jaxgrpo.right_answers import RightAnswers, score_targets, write_targets
 from jaxgrpo.scoring import open_reward
 from rewards.parse import RewardError
 from tests.jaxgrpo.tiny_run import TINY

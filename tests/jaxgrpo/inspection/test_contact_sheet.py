@@ -10,8 +10,8 @@ from PIL import Image
 
 from data.records import Record
 from data.sources import FolderClips
-from jaxgrpo.contact_sheet import contact_sheet, frames_of
 from jaxgrpo.inputs import PromptLoader
+from jaxgrpo.inspection.contact_sheet import contact_sheet, frames_of
 from jaxgrpo.load import open_processor
 from tests.data import clips
 from tests.jaxgrpo import tiny_run

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxgrpo.config import Config
-from jaxgrpo.findings import kinds
-from jaxgrpo.survey import Column, Survey
+from jaxgrpo.inspection.findings import kinds
+from jaxgrpo.inspection.survey import Column, Survey
 
 if TYPE_CHECKING:
-    from jaxgrpo.inspection import Inspection
+    from jaxgrpo.inspection.main import Inspection
 
 _ROWS = 200  # of a list on the page; inspect.json has all
 _RESOLUTIONS = 8  # that have a bar of their own
@@ -162,7 +162,7 @@ def page(found: Inspection, config: Config, pictures: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = environment.get_template("inspection.html")
+    template = environment.get_template("page.html")
     return template.render(
         found=found,
         config=config,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxgrpo.right_answers import RightAnswers
-from jaxgrpo.survey import Bucket, Column, Part, Steps, Survey
+from jaxgrpo.inspection.right_answers import RightAnswers
+from jaxgrpo.inspection.survey import Bucket, Column, Part, Steps, Survey
 
 ANSWERS = RightAnswers(reward=1.0, empty=0.0, short=(), too_long={}, limit=64, unwritten={})
 COLUMN = Column(least=2, median=3.0, p95=5.0, most=5, edges=(1.5, 3.5, 5.5), counts=(12, 8))

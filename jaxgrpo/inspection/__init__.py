@@ -1,0 +1,1 @@
+"""The parts of `jaxgrpo inspect`; `main` calls them."""
