@@ -93,6 +93,12 @@ brackets the ratio to the formula of `jaxgrpo/flops.py`. Attention in kernels is
 programs do not show it. Decoding is counted to the last token. Nothing here is a time.
 """
 
+_SCALING = """FLOPs and memory are the same per chip. Bytes are too from 256 chips on. With 64 the `data` axis has
+one place, and XLA makes the gathers of weights and the scatters of their gradients, which it
+overlaps with products, from collective-permutes: a ring's hops, which are more bytes than the
+results of plain all-gathers. From 256 on the gradients are also summed over `data`: all-reduces
+of 1.4 GiB more, whose results are as large for 4 replicas as for 64."""
+
 
 def row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
@@ -161,12 +167,14 @@ def transfer_rows(plans: dict[str, dict[str, Any]]) -> list[str]:
 def scaling_rows(plans: dict[str, dict[str, Any]]) -> list[str]:
     rows = header(
         *("chips", "mesh", "P", "rollout TFLOP", "update TFLOP", "most GiB in use"),
-        "GiB moved in a step",
+        *("GiB moved in a step", *KINDS),
     )
     for case in WEAK_SCALING:
         if (p := plans.get(case.name)) is None:
             continue
         programs = {x["name"]: x for x in p["programs"]}
+        moved = [t for x in p["programs"] for t in x["transfers"]]
+        by_kind = [sum(t["result_gib"] for t in moved if t["kind"] == kind) for kind in KINDS]
         rows.append(
             row(
                 p["devices"],
@@ -175,7 +183,8 @@ def scaling_rows(plans: dict[str, dict[str, Any]]) -> list[str]:
                 f"{programs['rollout']['matmul_tflop']:.4g}",
                 f"{programs['update']['matmul_tflop']:.4g}",
                 f"{max(p['phases_gib'].values()):.2f}",
-                f"{sum(t['result_gib'] for x in p['programs'] for t in x['transfers']):.4g}",
+                f"{sum(by_kind):.4g}",
+                *(f"{size:.3g}" for size in by_kind),
             )
         )
     return rows
@@ -199,6 +208,8 @@ def write(plans: dict[str, dict[str, Any]]) -> None:
             "\n## Weak scaling on paper\n",
             "The 7B recipe with half a prompt per chip, on more and more chips. Per chip.\n",
             *scaling_rows(plans),
+            "",
+            _SCALING,
         ]
     TABLE.write_text("\n".join(parts) + "\n")
 
