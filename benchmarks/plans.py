@@ -93,11 +93,11 @@ brackets the ratio to the formula of `jaxgrpo/flops.py`. Attention in kernels is
 programs do not show it. Decoding is counted to the last token. Nothing here is a time.
 """
 
-_SCALING = """FLOPs and memory are the same per chip. Bytes are too from 256 chips on. With 64 the `data` axis has
-one place, and XLA makes the gathers of weights and the scatters of their gradients, which it
-overlaps with products, from collective-permutes: a ring's hops, which are more bytes than the
-results of plain all-gathers. From 256 on the gradients are also summed over `data`: all-reduces
-of 1.4 GiB more, whose results are as large for 4 replicas as for 64."""
+_SCALING = """FLOPs and memory are the same per chip. Bytes are too from 256 chips on. With 64 the
+`data` axis has one place, and XLA makes the gathers of weights and the scatters of their gradients
+from collective-permutes that overlap with products: a ring's hops, more bytes than the results of
+plain all-gathers. From 256 on the gradients are summed over `fsdp` and `data` by all-reduces and
+reduce-scatters, whose results are as large for 4 replicas as for 64."""
 
 
 def row(*cells: object) -> str:
