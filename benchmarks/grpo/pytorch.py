@@ -1,8 +1,8 @@
 """PyTorch's side: transformers' model, sdpa attention, torch's AdamW.
 
 usual  as TRL-style trainers do: `generate` with num_return_sequences = G, which encodes the video
-       and prefills the prompt G times; one forward and backward over G repeated prompts, with
-       logits of completion positions only.
+       and prefills the prompt G times; forward and backward over G repeated prompts, in
+       micro-batches where they would not fit, with logits of completion positions only.
 best   what Hugging Face's model allows: the video is encoded once in each, the prompt is prefilled
        once and its cache repeated; the update still repeats the prompt's tokens.
 """
@@ -114,8 +114,17 @@ class Side:
 
     # ---- update ----
 
-    def log_probs(self, inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-        """[G, C] of completions [G, C], their prompt repeated G times."""
+    def features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The video's, once."""
+        found = self.model.model.get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+        )
+        return torch.cat(found.pooler_output)
+
+    def log_probs(
+        self, inputs: dict[str, torch.Tensor], tokens: torch.Tensor, features: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[G, C] of completions [G, C], their prompt repeated G times; None encodes the video."""
         group, length = tokens.shape
         ids = torch.cat([inputs["input_ids"].expand(group, -1), tokens], dim=1)
         prompt = inputs["position_ids"]
@@ -126,13 +135,10 @@ class Side:
             "video_grid_thw": inputs["video_grid_thw"].repeat(group, 1),
         }
         embeds = None
-        if self.mode == "best":
-            features = self.model.model.get_video_features(
-                inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
-            ).pooler_output
+        if features is not None:
             embeds = self.model.get_input_embeddings()(ids)
             place = (ids == VIDEO)[..., None].expand_as(embeds)
-            embeds = embeds.masked_scatter(place, torch.cat(features).repeat(group, 1))
+            embeds = embeds.masked_scatter(place, features.repeat(group, 1))
             ids, media = None, {}
         out = self.model(
             input_ids=ids,
@@ -151,11 +157,17 @@ class Side:
         self, inputs: dict[str, torch.Tensor], tokens: torch.Tensor, advantages: torch.Tensor
     ) -> float:
         """One on-policy GRPO update; the norm of its gradient."""
-        logp = self.log_probs(inputs, tokens)
-        ratio = torch.exp(logp - logp.detach())
-        loss = -(ratio * advantages[:, None]).mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        encoded = self.features(inputs) if self.mode == "best" else None
+        features = None if encoded is None else encoded.detach().requires_grad_()
+        size = self.workload.micro or len(tokens)
+        for micro, advantage in zip(tokens.split(size), advantages.split(size), strict=True):
+            logp = self.log_probs(inputs, micro, features)
+            ratio = torch.exp(logp - logp.detach())
+            loss = -(ratio * advantage[:, None]).sum() / tokens.numel()
+            loss.backward()
+        if encoded is not None and features is not None:
+            encoded.backward(features.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         self.optimizer.step()
         return norm.item()
