@@ -26,7 +26,12 @@ from jaxgrpo.checks import above_zero as _above_zero
 from jaxgrpo.checks import accepted_by as _accepted_by
 from jaxgrpo.checks import at_least as _at_least
 from jaxgrpo.checks import check as _check
-from jaxgrpo.mixture_config import ManifestSection, MixtureSection, TaskWeightsSection
+from jaxgrpo.mixture_config import (
+    ManifestSection,
+    MixtureSection,
+    OnlineSection,
+    TaskWeightsSection,
+)
 from jaxgrpo.reward_config import RewardSection
 from jaxgrpo.strict_yaml import ConfigError
 
@@ -81,6 +86,7 @@ class DataSection:
     mixture: tuple[MixtureSection, ...] = ()  # several manifests with weights, in train's place
     eval_mixture: tuple[ManifestSection, ...] = ()  # several manifests, in eval's place
     task_weights: TaskWeightsSection = field(default_factory=TaskWeightsSection)
+    online: OnlineSection | None = None  # `train` draws more of what it sees to teach; null: alike
     root: str = field(
         default=".", metadata=_RESUMABLE
     )  # folder or bucket path that a JSONL manifest's video paths start from
@@ -132,6 +138,9 @@ class DataSection:
         _above_zero("data", self, "fps", "stage_gib", "shard_mib", "frame_store_gib", "timeout")
         even = self.frames is None or (self.frames > 0 and self.frames % 2 == 0)
         _check("data.frames", self.frames, even, "an even number above 0: pairs enter the model")
+        if self.online is not None:
+            ahead = self.prefetch + 4  # so many batches may be read before one has been rewarded
+            _at_least("data.online", self.online, round=ahead)
         _at_least("data", self, min_frames=2, min_pixels=1, threads=1, workers=0, prefetch=1)
         _at_least("data", self, max_frames=self.min_frames)
         _at_least("data", self, max_pixels=self.min_pixels, total_pixels=self.min_pixels)
@@ -157,9 +166,12 @@ class RolloutSection:
     # Lengths, besides C, that the update is compiled for: a step learns from as many tokens as its
     # longest completion needs.
     length_buckets: tuple[int, ...] = ()
+    # Further rollouts in a step, at most, for prompts in the place of those whose rewards are all
+    # equal (DAPO's dynamic sampling, arXiv 2503.14476).
+    refills: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("rollout", self, prompts=1, max_new_tokens=1, top_k=0)
+        _at_least("rollout", self, prompts=1, max_new_tokens=1, top_k=0, refills=0)
         _check(
             "rollout.group",
             self.group,
