@@ -250,13 +250,21 @@ def main(config: Config) -> None:
                     features=held.features,
                     completions=held.rollout.tokens,
                     lengths=held.rollout.lengths,
+                    finished=held.rollout.finished,
                     advantages=held.scores.advantages,
                     sampler_logp=held.rollout.sampler_logp,
                     old_logp=None,
                     ref_logp=ref_logp,
                 )
                 del sampler  # the update needs its memory
-                state, updated = learn.update(state, frozen, update_batch)
+                state, updated, logp = learn.update(state, frozen, update_batch)
+                if learn.update_again is not None:
+                    update_batch = update_batch._replace(old_logp=logp)
+                    for _ in range(config.grpo.updates - 1):
+                        state, again, _ = learn.update_again(state, frozen, update_batch)
+                    # Of the first: what it met. Of the last: what only the others can tell.
+                    news = again.keys() - updated.keys() | {"skipped_in_a_row"}
+                    updated |= {name: again[name] for name in news}
                 sampler = to_sampler(state.params, frozen)
                 updated = jax.device_get(updated)
                 laps.lap("update")
@@ -404,6 +412,6 @@ def closing_words(config: Config) -> str:
     """What was written and what to do next."""
     run = config.run_dir
     return (
-        f"wrote {run}: metrics.jsonl, completions.jsonl, curves.png, checkpoints/\n"
+        f"wrote {run}: metrics.jsonl, completions.jsonl, groups.jsonl, curves.png, checkpoints/\n"
         f"next: jaxgrpo export {run} {run}-hf   (a directory for transformers and vLLM)"
     )

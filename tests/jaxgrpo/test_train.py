@@ -175,15 +175,19 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
     assert row.split()[1] == f"{tiny_run.lines(reference, 'eval')[0]['tvg/mIoU']:.3f}"
 
 
-REFILLED = ("rollout.refills=2", "data.online.round=6", "eval.every=0", "eval.limit=2")
+REFILLED = (
+    *("rollout.refills=2", "data.online.round=6", "eval.every=0", "eval.limit=2", "grpo.kl=0"),
+    *("grpo.updates=2", "grpo.dual_clip=3", "grpo.importance_cap=2", "grpo.mask_truncated=true"),
+)
 
 
-def test_a_refilled_online_run_is_the_same_killed_and_on_two_processes(place: Workplace) -> None:
+def test_a_run_with_every_knob_is_the_same_killed_and_on_two_processes(place: Workplace) -> None:
     whole, killed, shared = (place.folder / f"refilled{number}" for number in range(3))
     overrides = [*tiny_run.started(place), *tiny_run.mixed(place), *REFILLED]
     counts = place.folder / "refilled.json"
     tiny_run.run(place, "train", whole, *overrides, counts=counts)
-    assert json.loads(counts.read_text())[0] == expected_programs(1, kl=True) | {"jit(refill)": 1}
+    expected = +expected_programs(1, kl=False) | {"jit(refill)": 1, "jit(update)": 2}
+    assert json.loads(counts.read_text())[0] == expected
 
     # What was sampled is written down by item, batch by batch; some steps took several.
     groups = [json.loads(line) for line in (whole / "groups.jsonl").read_text().splitlines()]
@@ -199,6 +203,8 @@ def test_a_refilled_online_run_is_the_same_killed_and_on_two_processes(place: Wo
         assert line["groups/zero_variance"] == pytest.approx(equal / len(mine))
         assert line["reward/total"] == pytest.approx(np.mean([group["mean"] for group in mine]))
         assert line["groups/teaching"] == min((len(mine) - equal) / 4, 1)
+        assert {"ratio", "clip_low", "clip_high", "dual_clip", "importance"} <= line.keys()
+    assert any(line["ratio"] != 1 for line in lines)
 
     tiny_run.run(place, "train", killed, *overrides, kill="update:4")
     tiny_run.run(place, "train", killed, *overrides, "data.workers=1")
