@@ -86,6 +86,7 @@ class StepPlan:
         seed: int,
         spares: Sequence[Sequence[int]] | None = None,
         weights: Mapping[int, float] | Sequence[float] | None = None,
+        run: int = 1,
     ) -> None:
         """Plans steps of `prompts` items.
 
@@ -95,6 +96,7 @@ class StepPlan:
           seed: any integer from 0 on.
           spares: per bucket the items of others that replace a bad one when its own are all bad.
           weights: of each item, by its number, above 0; None: all alike. Replacements ignore them.
+          run: so many steps of a bucket follow each other, where there are as many.
 
         Raises:
           PlanError: no items at all, an item twice, prompts < 1, a negative seed, or a weight that
@@ -103,20 +105,9 @@ class StepPlan:
         self.buckets = tuple(tuple(int(item) for item in bucket) for bucket in buckets)
         self.prompts = prompts
         self.seed = seed
+        self._run = run
         self._spares = spares
-        items = [item for bucket in self.buckets for item in bucket]
-        if not items:
-            raise PlanError(
-                "buckets: expected at least one item, found none; is every record too long, or "
-                "every video unreadable?"
-            )
-        if len(set(items)) != len(items):
-            twice = next(item for item in items if items.count(item) > 1)
-            raise PlanError(f"buckets: expected every item once, found item {twice} again")
-        if prompts < 1:
-            raise PlanError(f"prompts: expected at least 1, found {prompts}")
-        if seed < 0:
-            raise PlanError(f"seed: expected at least 0, found {seed}")
+        items = check_plan(self.buckets, prompts, seed)
         units = _in_units(items, weights)
         ends = np.cumsum([len(bucket) for bucket in self.buckets])[:-1]
         self._draws = [
@@ -151,11 +142,6 @@ class StepPlan:
     def replacement(self, step: int, slot: int, attempt: int) -> int:
         """The item to try in place of a bad one; the same on every host and after every resume.
 
-        Attempts 0, 1, ... go through the bucket's items outside of the step in a random order, each
-        once, then through the step's other items, then through the bucket's spares. The slots of a
-        step begin at different places of that order, so that two bad items are not replaced by the
-        same one.
-
         Args:
           step: the step.
           slot: the slot whose item is bad, 0 to P - 1.
@@ -165,19 +151,8 @@ class StepPlan:
           LookupError: there is no further item.
         """
         bucket, taken = self.step(step)
-        # Each slot may come here many times; a bucket may be large.
-        others = _replacements(self.seed, step, self.buckets[bucket], tuple(taken))
-        if attempt < len(others):
-            return int(others[(slot * len(others) // self.prompts + attempt) % len(others)])
-        rest = [item for item in dict.fromkeys(taken) if item != taken[slot]]
-        attempt -= len(others)
-        if attempt < len(rest):
-            return rest[(slot + attempt) % len(rest)]
-        attempt -= len(rest)
         spares = self._spares[bucket] if self._spares else ()
-        if attempt >= len(spares):
-            raise LookupError(f"bucket {bucket} has no item left to replace one of step {step}")
-        return spares[(step * self.prompts + slot + attempt) % len(spares)]
+        return replacement(self.seed, step, taken, self.buckets[bucket], spares, slot, attempt)
 
     def _steps_before(self, bucket: int, epoch: int) -> int:
         """A bucket's steps in the epochs before `epoch`: enough for all their draws."""
@@ -189,7 +164,7 @@ class StepPlan:
             self._steps_before(bucket, epoch + 1) - self._steps_before(bucket, epoch)
             for bucket in range(len(self.buckets))
         )
-        return _shuffled_turns(self.seed, epoch, turns)
+        return shuffled_turns(turns, self._run, self.seed, _STEPS, epoch)
 
     def _draw(self, bucket: int, turn: int) -> list[int]:
         """The items of a bucket's step number `turn`: the next P of its sequence of epochs."""
@@ -216,7 +191,7 @@ class _Draws:
         self.prompts = prompts
         self.key = (seed, bucket)
         self._units = units
-        self._start = int(_raw(1, seed, _LENGTHS, bucket)[0]) >> _BITS
+        self._start = int(raw_numbers(1, seed, _LENGTHS, bucket)[0]) >> _BITS
 
     def before(self, epoch: int) -> int:
         """Draws in the epochs before `epoch`."""
@@ -236,12 +211,8 @@ class _Draws:
         extra = self.before(epoch + 1) - self.before(epoch) - int(whole.sum())
         # Points first, first + 1, ...: a first point below the rest makes one point more.
         low, high = (0, rest) if extra > steps else (rest, _ONE)
-        first = low + int(_raw(1, seed, _POINTS, bucket, epoch)[0]) % (high - low)
-        order = permutation(self.size, seed, _EXTRAS, bucket, epoch)
-        points = (np.cumsum(part[order]) - first + _ONE - 1) >> _BITS  # below each item's end
-        hit = np.empty(self.size, np.int64)
-        hit[order] = np.diff(points, prepend=0)
-        return whole + hit
+        first = low + int(raw_numbers(1, seed, _POINTS, bucket, epoch)[0]) % (high - low)
+        return whole + systematic(part, first, permutation(self.size, seed, _EXTRAS, bucket, epoch))
 
 
 def _in_units(
@@ -262,11 +233,55 @@ def _in_units(
     return units
 
 
+def check_plan(buckets: Sequence[Sequence[int]], prompts: int, seed: int) -> list[int]:
+    """The items of all buckets, in their order.
+
+    Raises:
+      PlanError: there are none, an item is there twice, prompts < 1, or a negative seed.
+    """
+    items = [item for bucket in buckets for item in bucket]
+    if not items:
+        raise PlanError(
+            "buckets: expected at least one item, found none; is every record too long, or "
+            "every video unreadable?"
+        )
+    if len(set(items)) != len(items):
+        twice = next(item for item in items if items.count(item) > 1)
+        raise PlanError(f"buckets: expected every item once, found item {twice} again")
+    if prompts < 1:
+        raise PlanError(f"prompts: expected at least 1, found {prompts}")
+    if seed < 0:
+        raise PlanError(f"seed: expected at least 0, found {seed}")
+    return items
+
+
+def systematic(part: np.ndarray, first: int, order: np.ndarray) -> np.ndarray:
+    """How many of the points first, first + 1, ... fall on each item, i64[items].
+
+    Args:
+      part: i64[items], each item's length on a line, in units of 2^-32.
+      first: where the points begin, in the same units, 0 to 1.
+      order: in which the items lie on the line.
+    """
+    points = (np.cumsum(part[order]) - first + _ONE - 1) >> _BITS  # below each item's end
+    hit = np.empty(len(part), np.int64)
+    hit[order] = np.diff(points, prepend=0)
+    return hit
+
+
 @lru_cache(maxsize=64)
-def _shuffled_turns(seed: int, epoch: int, turns: tuple[int, ...]) -> np.ndarray:
-    """Each bucket number as often as it has turns, shuffled."""
-    buckets = np.repeat(np.arange(len(turns)), turns)
-    return buckets[permutation(len(buckets), seed, _STEPS, epoch)]
+def shuffled_turns(turns: tuple[int, ...], run: int, *key: int) -> np.ndarray:
+    """Each bucket number as often as it has turns, in shuffled runs of `run`, i64[sum of turns].
+
+    Example: turns (5, 2) in runs of 2 are [0, 0] [0, 0] [0] [1, 1] in some order.
+    """
+    runs = [
+        [bucket] * min(run, count - begun)
+        for bucket, count in enumerate(turns)
+        for begun in range(0, count, run)
+    ]
+    order = permutation(len(runs), *key)
+    return np.array([bucket for number in order for bucket in runs[number]], np.int64)
 
 
 @lru_cache(maxsize=64)
@@ -304,16 +319,25 @@ def _own_order(draws: _Draws, epoch: int) -> np.ndarray:
     ... of an epoch later.
     """
     seed, bucket = draws.key
-    counts = draws.counts(epoch)
-    places = np.repeat(np.arange(draws.size), counts)
+    first = draws.before(epoch) % draws.prompts
+    return spread(draws.counts(epoch), first, draws.prompts, seed, _ITEMS, bucket, epoch)
+
+
+def spread(counts: np.ndarray, first: int, prompts: int, *key: int) -> np.ndarray:
+    """Places 0, 1, ... in random order, each as often as `counts` i64[places] says, evenly.
+
+    Args:
+      first: how many draws of the first step others have taken already.
+      prompts: draws of a step, in which a place is repeated only if it must be.
+    """
+    places = np.repeat(np.arange(len(counts)), counts)
     times = counts[places].astype(np.uint64)
     again = np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
     period = np.uint64(2**64 - 1) // times
-    raw = _raw(draws.size, seed, _ITEMS, bucket, epoch)[places]
+    raw = raw_numbers(len(counts), *key)[places]
     order = places[np.argsort(raw // times + again.astype(np.uint64) * period, kind="stable")]
-    if len(order) > draws.prompts and counts.max() > 1:
-        first = draws.before(epoch) % draws.prompts
-        _part_repeats(order, (first + np.arange(len(order))) // draws.prompts)
+    if len(order) > prompts and counts.max() > 1:
+        _part_repeats(order, (first + np.arange(len(order))) // prompts)
     return order
 
 
@@ -344,6 +368,44 @@ def _part_repeats(order: np.ndarray, steps: np.ndarray) -> None:
             order[[place, other]] = order[[other, place]]
 
 
+def replacement(
+    seed: int,
+    step: int,
+    taken: Sequence[int],
+    bucket: tuple[int, ...],
+    spares: Sequence[int],
+    slot: int,
+    attempt: int,
+) -> int:
+    """The item to try in place of a bad one.
+
+    Attempts 0, 1, ... go through the bucket's items outside of the step in a random order, each
+    once, then through the step's other items, then through the bucket's spares. The slots of a step
+    begin at different places of that order, so that two bad items are not replaced by the same one.
+
+    Args:
+      taken: the step's items.
+      bucket, spares: see `StepPlan`.
+      slot, attempt: see `StepPlan.replacement`.
+
+    Raises:
+      LookupError: there is no further item.
+    """
+    prompts = len(taken)
+    # Each slot may come here many times; a bucket may be large.
+    others = _replacements(seed, step, bucket, tuple(taken))
+    if attempt < len(others):
+        return int(others[(slot * len(others) // prompts + attempt) % len(others)])
+    rest = [item for item in dict.fromkeys(taken) if item != taken[slot]]
+    attempt -= len(others)
+    if attempt < len(rest):
+        return rest[(slot + attempt) % len(rest)]
+    attempt -= len(rest)
+    if attempt >= len(spares):
+        raise LookupError(f"its bucket has no item left to replace one of step {step}")
+    return spares[(step * prompts + slot + attempt) % len(spares)]
+
+
 @lru_cache(maxsize=16)
 def _replacements(
     seed: int, step: int, items: tuple[int, ...], taken: tuple[int, ...]
@@ -359,11 +421,11 @@ def permutation(size: int, *key: int) -> np.ndarray:
     Philox's raw numbers are sorted instead of calling `Generator.permutation`, whose results NumPy
     may change between versions.
     """
-    return np.argsort(_raw(size, *key), kind="stable")
+    return np.argsort(raw_numbers(size, *key), kind="stable")
 
 
-def _raw(size: int, *key: int) -> np.ndarray:
-    """Philox's raw numbers, u64[size]."""
+def raw_numbers(size: int, *key: int) -> np.ndarray:
+    """Philox's raw numbers, u64[size], the same for the same key on every machine."""
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(size)
 
 

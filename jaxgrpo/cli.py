@@ -26,6 +26,7 @@ _AFTER_INTERRUPTION = {
     "inspect": "no report was written",
     "sft": _GOES_ON,
     "train": _GOES_ON,
+    "select": "what was sampled is kept: the same command goes on",
     "eval": "no scores were written",
     "convert": "nothing was converted",
     "pack": "nothing was packed",
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary in (
         ("inspect", "before renting anything: the items, prompts and frames a run would train on"),
         ("sft", "supervised fine-tuning: the cold start, or a baseline"),
+        ("select", "sample every training item, and keep those whose rewards disagree"),
         ("train", "GRPO, the main job: evaluates, trains, evaluates again"),
         ("eval", "greedy evaluation of a model directory or a run"),
         ("pack", "write the manifests and their clips as ArrayRecord shards"),
@@ -275,6 +277,12 @@ def _run(options: argparse.Namespace) -> int:
         from jaxgrpo import evaluate
 
         evaluate.main(settings)
+        return 0
+    if options.command == "select":
+        with preemption.watching("SIGTERM: what was sampled is kept; the same command goes on"):
+            from jaxgrpo import select
+
+            select.main(settings)
         return 0
     with preemption.watching():
         if options.command == "sft":

@@ -23,11 +23,11 @@ import yaml
 from jaxgrpo import strict_yaml
 from jaxgrpo.checks import RESUMABLE as _RESUMABLE
 from jaxgrpo.checks import above_zero as _above_zero
-from jaxgrpo.checks import accepted_by as _accepted_by
 from jaxgrpo.checks import at_least as _at_least
 from jaxgrpo.checks import check as _check
-from jaxgrpo.mixture_config import ManifestSection, MixtureSection, TaskWeightsSection
+from jaxgrpo.data_config import DataSection
 from jaxgrpo.reward_config import RewardSection
+from jaxgrpo.select_config import SelectSection
 from jaxgrpo.strict_yaml import ConfigError
 
 
@@ -53,98 +53,6 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
-class SyntheticSection:
-    """Clips and questions made by `data/synthetic.py` instead of read from manifests."""
-
-    train_clips: int = 512
-    eval_clips: int = 128
-    seed: int = 0  # of the clips; the run's own seed is `seed`
-    seconds: tuple[float, ...] = (8.0, 16.0)  # shortest and longest clip
-    events: tuple[int, ...] = (2, 3)  # fewest and most objects shown in a clip
-    late: float = 0.0  # seconds by which the training split's labels may lag behind, drawn
-
-    def __post_init__(self) -> None:
-        for name, pair in (("seconds", self.seconds), ("events", self.events)):
-            _check(f"data.synthetic.{name}", list(pair), len(pair) == 2, "[least, most]")
-        from data.synthetic import SyntheticSpec  # not above: see `cli`
-
-        _accepted_by(SyntheticSpec, "data.synthetic", self)
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """Which questions about which videos, and what of a video the model sees."""
-
-    # A JSONL manifest, or a folder of what `jaxgrpo pack` wrote; both may be in a bucket.
-    train: str = ""  # `eval` needs none
-    eval: str = ""  # all of `train`, `sft` and `eval` evaluate
-    mixture: tuple[MixtureSection, ...] = ()  # several manifests with weights, in train's place
-    eval_mixture: tuple[ManifestSection, ...] = ()  # several manifests, in eval's place
-    task_weights: TaskWeightsSection = field(default_factory=TaskWeightsSection)
-    root: str = field(
-        default=".", metadata=_RESUMABLE
-    )  # folder or bucket path that a JSONL manifest's video paths start from
-    stage: str = field(
-        default="", metadata=_RESUMABLE
-    )  # local folder for what buckets give; "": none
-    stage_gib: float = field(default=100.0, metadata=_RESUMABLE)  # that the stage may hold
-    shard_mib: int = field(default=512, metadata=_RESUMABLE)  # of a shard that `pack` writes
-    synthetic: SyntheticSection | None = None  # instead of manifests
-    fps: float = 2.0  # frames sampled per second of video
-    min_frames: int = 4
-    max_frames: int = 768
-    frames: int | None = None  # so many of every video instead; an even number
-    min_pixels: int = 4 * 28 * 28  # of one frame
-    max_pixels: int = 768 * 28 * 28  # of one frame
-    total_pixels: int = 2048 * 28 * 28  # of one video: 2,048 video tokens
-    resize: Literal["exact", "pillow"] = "exact"  # exact: as the released model was trained;
-    # pillow: rounded between the axes, as transformers does
-    frame_store: str = field(
-        default="", metadata=_RESUMABLE
-    )  # local folder for decoded frames, so that an epoch decodes once; "": none
-    frame_store_gib: float = field(default=100.0, metadata=_RESUMABLE)  # that it may hold
-    timeout: float = field(
-        default=120.0, metadata=_RESUMABLE
-    )  # seconds in which a decoder may make no progress
-    thinking: bool = True  # ask for <think>...</think> before the answer
-    buckets: tuple[int, ...] = (1024, 2048, 4096)  # prompt tokens that prompts are padded to
-    threads: int = field(
-        default=4, metadata=_RESUMABLE
-    )  # that decode, in each worker process or in the main one
-    workers: int = field(
-        default=0, metadata=_RESUMABLE
-    )  # processes that decode; 0: threads of the main process
-    prefetch: int = field(default=2, metadata=_RESUMABLE)  # batches made ahead
-
-    def __post_init__(self) -> None:
-        names = ("synthetic", "train", "mixture", "eval", "eval_mixture")
-        given = [name for name in names if self.__dict__[name]]
-        for pair in (*(("synthetic", name) for name in names[1:]), names[1:3], names[3:]):
-            if set(pair) <= set(given):
-                both = " and ".join(f"data.{name}" for name in pair)
-                raise ConfigError(f"{both} are both set: remove one of them")
-        from data.storage import is_url  # not above: see `cli`
-
-        for key, folder in (("stage", self.stage), ("frame_store", self.frame_store)):
-            _check(f"data.{key}", folder, not is_url(folder), "a local folder")
-        if self.synthetic is not None:
-            _check("data.root", self.root, not is_url(self.root), "a local folder: clips are made")
-        _above_zero("data", self, "fps", "stage_gib", "shard_mib", "frame_store_gib", "timeout")
-        even = self.frames is None or (self.frames > 0 and self.frames % 2 == 0)
-        _check("data.frames", self.frames, even, "an even number above 0: pairs enter the model")
-        _at_least("data", self, min_frames=2, min_pixels=1, threads=1, workers=0, prefetch=1)
-        _at_least("data", self, max_frames=self.min_frames)
-        _at_least("data", self, max_pixels=self.min_pixels, total_pixels=self.min_pixels)
-        rising = all(a < b for a, b in pairwise((0, *self.buckets)))
-        _check(
-            "data.buckets",
-            list(self.buckets),
-            len(self.buckets) > 0 and rising,
-            "numbers of prompt tokens in rising order, for example [1024, 2048]",
-        )
-
-
-@dataclass(frozen=True)
 class RolloutSection:
     """How completions are sampled."""
 
@@ -157,9 +65,12 @@ class RolloutSection:
     # Lengths, besides C, that the update is compiled for: a step learns from as many tokens as its
     # longest completion needs.
     length_buckets: tuple[int, ...] = ()
+    # Further rollouts in a step, at most, for prompts in the place of those whose rewards are all
+    # equal (DAPO's dynamic sampling, arXiv 2503.14476).
+    refills: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("rollout", self, prompts=1, max_new_tokens=1, top_k=0)
+        _at_least("rollout", self, prompts=1, max_new_tokens=1, top_k=0, refills=0)
         _check(
             "rollout.group",
             self.group,
@@ -187,12 +98,16 @@ class RolloutSection:
 class GrpoSection:
     """The loss (arXiv 2402.03300; clip-higher: DAPO, arXiv 2503.14476; Dr.GRPO: 2503.20783).
 
-    `train` makes one update per rollout, where the ratio is exactly 1 and nothing is clipped: the
-    clip keys will matter once there are several.
+    See docs/method.md. With one update per rollout the ratio is exactly 1 and nothing is clipped.
     """
 
+    updates: int = 1  # per rollout, each from all of it; GRPO's mu
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
+    dual_clip: float = 0.0  # the most, above 1, that the ratio counts against a completion; 0: off
+    # The most that a token counts for being likelier to the trainer than to the sampler; 0: off.
+    importance_cap: float = 0.0
+    mask_truncated: bool = False  # learn nothing from completions cut at rollout.max_new_tokens
     kl: float = 0.01  # weight of the k3 estimate of the KL to the reference; 0: no reference
     entropy: float = 0.001  # weight of the entropy bonus
     aggregation: Literal["sequence", "token", "constant"] = "sequence"  # GRPO, DAPO, Dr.GRPO
@@ -201,7 +116,9 @@ class GrpoSection:
     def __post_init__(self) -> None:
         _check("grpo.clip_low", self.clip_low, 0 < self.clip_low <= 1, "more than 0 and at most 1")
         _above_zero("grpo", self, "clip_high")
-        _at_least("grpo", self, kl=0, entropy=0)
+        _at_least("grpo", self, kl=0, entropy=0, updates=1, importance_cap=0)
+        clips = self.dual_clip == 0 or self.dual_clip > 1
+        _check("grpo.dual_clip", self.dual_clip, clips, "more than 1, for example 3, or 0 for none")
 
 
 @dataclass(frozen=True)
@@ -344,6 +261,7 @@ class Config:
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
     sft: SftSection = field(default_factory=SftSection)
+    select: SelectSection = field(default_factory=SelectSection)
     eval: EvalSection = field(default_factory=EvalSection, metadata=_RESUMABLE)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection, metadata=_RESUMABLE)
     mesh: MeshSection = field(default_factory=MeshSection, metadata=_RESUMABLE)

@@ -12,13 +12,17 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.online import ItemValues, OnlinePlan, Rules
 from data.probe import Clips
 from data.records import Record
 from data.sampling import StepPlan
+from jaxgrpo.mixture import strata
+from jaxgrpo.mixture_config import OnlineSection
 from models.qwen2_5_vl.sizes import Size
 
 
@@ -56,9 +60,36 @@ class Dataset(NamedTuple):
         }
 
 
-def step_plan(dataset: Dataset, prompts: int, seed: int) -> StepPlan:
-    """Which items each training step takes."""
-    return StepPlan(dataset.buckets, prompts, seed, dataset.spares, dataset.weights)
+def step_plan(dataset: Dataset, prompts: int, seed: int, run: int = 1) -> StepPlan:
+    """Which items each training step takes, without a look at what it earns; see `StepPlan`."""
+    return StepPlan(dataset.buckets, prompts, seed, dataset.spares, dataset.weights, run)
+
+
+def online_plan(
+    dataset: Dataset,
+    prompts: int,
+    seed: int,
+    run: int,
+    section: OnlineSection,
+    folder: Path,
+    saved: Mapping[str, Any] | None,
+) -> tuple[OnlinePlan, ItemValues]:
+    """Which items each training step takes, by what it sees of them; see `data.online`.
+
+    Args:
+      folder: an empty one on this machine.
+      saved: `ItemValues.state()` of the run that goes on; None: a new run.
+    """
+    plan = OnlinePlan(
+        *(dataset.buckets, prompts, seed, folder),
+        round_steps=section.round,
+        spares=dataset.spares,
+        run=run,
+    )
+    names = strata(dataset.records, dataset.clips)
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    rules = Rules(**dataclasses.asdict(section))
+    return plan, ItemValues(plan, dataset.weights, [numbers[name] for name in names], rules, saved)
 
 
 def _bucket_of(tokens: int, buckets: Sequence[int]) -> int:

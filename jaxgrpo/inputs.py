@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,6 +151,8 @@ def measure(
     opened = {key: open_manifests(parts, data, stage, _say) for key, parts in named.items()}
     clips = {key: source.clips for key, (source, _) in opened.items()}
     records = {key: source.records for key, (source, _) in opened.items()}
+    if data.keep and train:
+        records["data.train"] = _kept(records["data.train"], data.keep)
     if config.eval.limit and evaluation:
         records["data.eval"] = records["data.eval"][: config.eval.limit]
 
@@ -356,6 +359,38 @@ class TargetCollator:
             completions,
             np.array([[target.length] for target in targets], np.int32),
         )
+
+
+def _kept(records: Sequence[Record], keep: str) -> list[Record]:
+    """The records whose ids are in a JSONL file.
+
+    Raises:
+      InputError: it has an id that no record has, or lines without one.
+    """
+    path = Path(keep)
+    if not path.is_file():
+        raise InputError(f"data.keep: {keep} does not exist: expected what `jaxgrpo select` wrote")
+    names = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        row = _json(line)
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+            raise InputError(f'{keep}:{number}: expected a line like {{"id": "..."}}')
+        names.add(row["id"])
+    unknown = sorted(names - {record.id for record in records})
+    if unknown:
+        shown = ", ".join(unknown[:_SHOWN])
+        raise InputError(
+            f"data.keep: {len(unknown)} of the {len(names)} ids of {keep} are not in data.train "
+            f"({shown}): it was selected from other data"
+        )
+    return [record for record in records if record.id in names]
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _measure(

@@ -1,6 +1,6 @@
-"""What a run writes: metrics.jsonl, completions.jsonl, TensorBoard, W&B, a progress bar, curves.
+"""What a run writes: metrics, completions, rewards by item, TensorBoard, W&B, progress, curves.
 
-Both files hold one JSON object a line, appended and flushed at once, so that a killed process
+The .jsonl files hold one JSON object a line, appended and flushed at once, so that a killed process
 leaves at most one torn line, the last. A line belongs to a `step`: the number of updates done when
 it was written (0 before the first). When a run resumes from the checkpoint of step s, the torn line
 and the lines of steps after s are cut; so a step's lines must be written before its checkpoint.
@@ -17,6 +17,7 @@ import math
 import os
 import secrets
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
+GROUPS = "groups.jsonl"
 WANDB_ID = "wandb_id.txt"
 TENSORBOARD = "tensorboard"
 
@@ -74,7 +76,7 @@ class MetricsLog:
         if not self._writes:
             return
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, COMPLETIONS):
+        for name in (METRICS, COMPLETIONS, GROUPS):
             _cut(self._run_dir / name, resume_step, owes_evaluation)
         if tensorboard:
             from tensorboardX import SummaryWriter  # not above: it imports torch where there is one
@@ -100,6 +102,12 @@ class MetricsLog:
                     self._board.add_scalar(f"{split}/{name}", number, step)
         if self._wandb is not None:
             self._wandb.write(step, split, numbers)
+
+    def write_groups(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Appends what groups of completions earned, a line each: texts, numbers as in `write`."""
+        for group in groups:
+            values = {k: v if isinstance(v, str) else _number(v) for k, v in group.items()}
+            self._append(GROUPS, {"step": step, **values})
 
     def write_completions(
         self, step: int, split: str, completions: Sequence[Mapping[str, Any]]
@@ -240,6 +248,26 @@ class Progress:
     def close(self) -> None:
         """Leaves the bar as it is."""
         self._bar.close()
+
+
+class Laps:
+    """Seconds of a step, by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.begun = self._last = time.perf_counter()
+        self._seconds: dict[str, float] = collections.defaultdict(float)
+
+    def lap(self, name: str) -> None:
+        """What has passed since the last lap was spent on this."""
+        now = time.perf_counter()
+        self._seconds[name] += now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        """By the names of metrics.jsonl, with the whole."""
+        return {f"time/{name}": x for name, x in self._seconds.items()} | {
+            "time/step": self._last - self.begun
+        }
 
 
 class CompileCounter:

@@ -80,14 +80,21 @@ class Share(NamedTuple):
     draws: float  # of all draws, 0 to 1
 
 
+def strata(records: Sequence[Record], clips: Clips) -> list[tuple[str, str]]:
+    """The manifest and the task of each question; "" where there is only one manifest."""
+    return [
+        (clips.manifest(record.video) if isinstance(clips, MixedClips) else "", record.task)
+        for record in records
+    ]
+
+
 def draws(
     records: Sequence[Record], weights: Sequence[float], clips: Clips
 ) -> dict[tuple[str, str], Share]:
     """The share of each (manifest, task), in their order; "" where there is only one manifest."""
     given: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
-    for record, weight in zip(records, weights, strict=True):
-        manifest = clips.manifest(record.video) if isinstance(clips, MixedClips) else ""
-        given[manifest, record.task].append(weight)
+    for stratum, weight in zip(strata(records, clips), weights, strict=True):
+        given[stratum].append(weight)
     total = sum(weights)
     return {
         key: Share(len(part), sum(part) / len(part), sum(part) / total)

@@ -1,4 +1,4 @@
-"""The keys of a mixture: several manifests, and how often their questions are drawn."""
+"""How often questions are drawn: several manifests, weights, and what training has seen of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from jaxgrpo.checks import RESUMABLE
+from jaxgrpo.checks import RESUMABLE, at_least, check
 from jaxgrpo.strict_yaml import ConfigError
 
 
@@ -51,6 +51,22 @@ class TaskWeightsSection:
     def __post_init__(self) -> None:
         for task, weight in dataclasses.asdict(self).items():
             _check_weight(f"data.task_weights.{task}", weight, "its rows of the manifests")
+
+
+@dataclass(frozen=True)
+class OnlineSection:
+    """Drawing more of the questions whose groups' rewards disagree; see `data.online`."""
+
+    round: int = 16  # rollouts drawn with the same weights, those known one round before
+    memory: float = 0.5  # how much of a question's value its newest group is
+    floor: float = 0.2  # the share of draws that does not look at values: none starves
+    most: float = 5.0  # the largest value that counts, in means of the task's and manifest's
+
+    def __post_init__(self) -> None:
+        at_least("data.online", self, round=1, most=1)
+        for name in ("memory", "floor"):
+            share = self.__dict__[name]
+            check(f"data.online.{name}", share, 0 < share <= 1, "more than 0 and at most 1")
 
 
 def _check_weight(key: str, weight: float, what: str) -> None:

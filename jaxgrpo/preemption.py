@@ -28,8 +28,11 @@ class Preempted(Exception):
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[None]:
+def watching(words: str = "SIGTERM before the first step: nothing new to save") -> Iterator[None]:
     """Handles SIGTERM as the module says. Enter it in the main thread.
+
+    Args:
+      words: what is printed where it ends the process at once.
 
     Afterwards the signal has its former meaning, unless it has come: a process that is ending for
     it is not to be torn down by the next one.
@@ -40,7 +43,7 @@ def watching() -> Iterator[None]:
     write.setblocking(False)
     former = signal.signal(signal.SIGTERM, lambda *_: None)
     former_socket = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_watch, args=(read,), name="SIGTERM", daemon=True)
+    thread = threading.Thread(target=_watch, args=(read, words), name="SIGTERM", daemon=True)
     thread.start()
     try:
         yield
@@ -64,11 +67,11 @@ def told() -> bool:
     return _told.is_set()
 
 
-def _watch(read: socket.socket) -> None:
+def _watch(read: socket.socket, words: str) -> None:
     while received := read.recv(64):  # a byte per signal, of any kind
         if signal.SIGTERM in received:
             if not _deferred.is_set():
-                print("\nSIGTERM before the first step: nothing new to save", file=sys.stderr)
+                print(f"\n{words}", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(EXIT_CODE)
             _told.set()

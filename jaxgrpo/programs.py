@@ -191,26 +191,33 @@ def update_program(
     state_shardings: TrainState,
     length: int | None = None,
 ) -> Wrapped:
-    """(state, frozen weights, batch) -> the next state and scalar metrics; the state is donated.
+    """(state, frozen weights, batch) -> the next state, scalar metrics, and log-probs or None.
 
-    With `length`, no completion may have more tokens.
+    The state is donated. Log-probs f32[P, G, length] come from the first of several updates from a
+    rollout, for those that follow.
+
+    Args:
+      length: no completion may have more tokens.
     """
     split = NamedSharding(mesh, PROMPTS)
 
     def update(
         state: TrainState, frozen: Params, batch: UpdateBatch
-    ) -> tuple[TrainState, dict[str, Array]]:
+    ) -> tuple[TrainState, dict[str, Array], Array | None]:
         batch = jax.lax.with_sharding_constraint(batch, split)
-        gradients, metrics = grpo_gradients(
+        gradients, metrics, logp = grpo_gradients(
             policy, state.params, frozen, batch, config.grpo, config.optim.accumulate, length
         )
         state, step_metrics = apply_gradients(
             state, gradients, metrics["loss"], optimizer, config.optim.clip_norm
         )
-        return state, metrics | step_metrics
+        others_follow = config.grpo.updates > 1 and batch.old_logp is None
+        return state, metrics | step_metrics, logp if others_follow else None
 
     replicated = NamedSharding(mesh, PartitionSpec())
-    return jit_on(mesh, update, donate_argnums=0, out_shardings=(state_shardings, replicated))
+    return jit_on(
+        mesh, update, donate_argnums=0, out_shardings=(state_shardings, replicated, split)
+    )
 
 
 def sft_program(
@@ -312,7 +319,7 @@ def lower_weights(
     """Lowers what happens to the weights before and between the steps."""
     shapes = param_shapes(policy.config, mesh)
     trained, frozen = split_frozen(shapes, config.model.freeze_vision)
-    optimizer = make_optimizer(config.optim, steps)
+    optimizer = make_optimizer(config.optim, steps, config.grpo.updates)
     return WeightPrograms(
         trained,
         frozen,
@@ -327,7 +334,8 @@ class LearnPrograms(NamedTuple):
     """The executables that learn from completions of at most some length."""
 
     reference: Callable[..., Array] | None
-    update: Callable[..., tuple[TrainState, dict[str, Array]]]
+    update: Callable[..., tuple[TrainState, dict[str, Array], Array | None]]
+    update_again: Callable[..., tuple[TrainState, dict[str, Array], None]] | None
 
 
 class TrainPrograms(NamedTuple):
@@ -350,10 +358,12 @@ class LoweredLearn(NamedTuple):
 
     reference: Lowered | None
     update: Lowered
+    update_again: Lowered | None  # from the same rollout; None if there is one update only
 
     def compile(self) -> LearnPrograms:
         reference = self.reference.compile() if self.reference else None
-        return LearnPrograms(reference, self.update.compile())
+        again = self.update_again.compile() if self.update_again else None
+        return LearnPrograms(reference, self.update.compile(), again)
 
 
 class LoweredTrain(NamedTuple):
@@ -409,13 +419,19 @@ def lower_train(
             features=features,
             completions=completions.tokens,
             lengths=completions.lengths,
+            finished=completions.finished,
             advantages=shape_on(mesh, PartitionSpec(), (p, g), jnp.float32),
             sampler_logp=completions.sampler_logp,
             old_logp=None,
             ref_logp=reference.out_info if reference else None,
         )
         program = update_program(mesh, policy, config, weights.optimizer, shardings, length)
-        return LoweredLearn(reference, lower(program, state, frozen, batch))
+        update = lower(program, state, frozen, batch)
+        old_logp = update.out_info[2]
+        if old_logp is None:
+            return LoweredLearn(reference, update, None)
+        again = lower(program, state, frozen, batch._replace(old_logp=old_logp))
+        return LoweredLearn(reference, update, again)
 
     lengths = (*rollout_section.length_buckets, c)
     return LoweredTrain(rollout, {length: lower_learn(length) for length in lengths})

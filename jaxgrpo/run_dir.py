@@ -3,6 +3,7 @@
 checkpoints/STEP   weights, optimiser, data state, config
 metrics.jsonl      a line per training step and per evaluation
 completions.jsonl  sampled completions with their rewards
+groups.jsonl       what each group of completions earned: the history of every item
 tensorboard/       the same numbers for TensorBoard
 wandb_id.txt       the run's id at Weights & Biases, with log.wandb
 config.yaml        the whole config, defaults included
@@ -17,11 +18,11 @@ import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import jax
 
-from data.pipeline import Failure
+from data.pipeline import Batch
 from data.probe import GIVEN_UP
 from data.records import TASKS, Record, write_atomically
 from data.storage import is_folder, is_url, join
@@ -37,6 +38,7 @@ from jaxgrpo.checkpoint import (
 from jaxgrpo.config import Config
 from jaxgrpo.metrics import (
     COMPLETIONS,
+    GROUPS,
     METRICS,
     TENSORBOARD,
     WANDB_ID,
@@ -55,11 +57,21 @@ CURVES = "curves.png"
 _SEEN_WITHIN = 60.0  # seconds; a network disk may remember for a while that there was no file
 
 
+class Noted(NamedTuple):
+    """What all processes know of a batch, by its rows and items."""
+
+    items: list[int]  # of the whole batch
+    failed: list[int]  # items that were replaced because their videos cannot be used
+    lines: list[str]  # for the user: what failed for the first time
+
+
 class RunDir:
     """One run's files, opened fresh or for going on from the newest checkpoint.
 
     Attributes:
       first_step: updates already done; 0 for a new run.
+      next_batch: the first batch of the data that they did not take.
+      online: the state of `data.online.ItemValues` after them; None: a new run, or none is kept.
       excluded: what was left out when the run began, and why; see `inputs.Inputs`.
       failures: item id -> kind and message of its video's failure later, over the whole run.
       owes_evaluation: whether the evaluation after `first_step` updates is still to be made.
@@ -74,7 +86,7 @@ class RunDir:
             checkpoint, or one that has gone further than this config asks.
         """
         self._run_dir = config.run_dir
-        names = (METRICS, COMPLETIONS, CONFIG, TENSORBOARD, WANDB_ID)
+        names = (METRICS, COMPLETIONS, GROUPS, CONFIG, TENSORBOARD, WANDB_ID)
         self._mirror = Mirror(config.run_dir, names)
         self.path = self._mirror.folder
         if is_url(config.run_dir):
@@ -95,6 +107,8 @@ class RunDir:
         saved = self._checkpoints.data()
         self.excluded: dict[str, str] = saved.get("excluded", {})
         self.failures: dict[str, str] = saved.get("failures", {})
+        self.next_batch: int = saved.get("next_batch", self.first_step)
+        self.online: dict[str, Any] | None = saved.get("online")
         self._plan: dict[str, Any] | None = saved.get("plan")
         self.stopping = False
         self._best = config.checkpoint.best
@@ -156,17 +170,28 @@ class RunDir:
         _, found, _ = self._checkpoints.restore(shapes._asdict())
         return TrainState(**found)
 
-    def save(self, step: int, state: TrainState, *, owes_evaluation: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        owes_evaluation: bool = False,
+        next_batch: int | None = None,
+        online: dict[str, Any] | None = None,
+    ) -> None:
         """Saves what is needed to go on after `step` updates.
 
         Args:
           owes_evaluation: whether the run that goes on is first to evaluate this step.
+          next_batch, online: as the attributes; None: every update took one batch, nothing.
         """
         data = {
             "excluded": self.excluded,
             "failures": self.failures,
             "plan": self._plan,
             "owes_evaluation": owes_evaluation,
+            "next_batch": step if next_batch is None else next_batch,
+            "online": online,
         }
         self._push()
         self._checkpoints.save(step, state._asdict(), data, self._scores.get(step))
@@ -203,6 +228,10 @@ class RunDir:
         """Lines of completions.jsonl."""
         self._log.write_completions(step, split, completions)
 
+    def write_groups(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of groups.jsonl."""
+        self._log.write_groups(step, groups)
+
     def scores(self, step: int) -> dict[str, float]:
         """The evaluation written down for a step, on process 0; empty elsewhere or without one."""
         path = self.path / METRICS
@@ -212,19 +241,30 @@ class RunDir:
         found = [line for line in lines if (line["step"], line["split"]) == (step, "eval")]
         return {name: x for line in found for name, x in line.items() if isinstance(x, float)}
 
-    def note_failures(self, failures: Sequence[Failure], records: Sequence[Record]) -> list[str]:
-        """Remembers the videos that failed in this step, on any host; a line for each new one.
+    def note(self, batch: Batch, rows: Sequence[int], records: Sequence[Record]) -> Noted:
+        """What the processes have to tell each other of a batch; remembers the videos that failed.
 
-        The processes also tell each other of SIGTERM, see `stopping`.
+        They also tell of SIGTERM, see `stopping`.
+
+        Args:
+          rows: those of this process; processes with the same rows have the same items.
         """
-        mine = [(records[f.item].id, f"{f.kind}: {f.message}") for f in failures]
-        new: dict[str, str] = {}
-        told = gather_objects([preemption.told(), mine])
-        self.stopping |= any(stopping for stopping, _ in told)
-        for name, reason in (pair for _, pairs in told for pair in pairs):
-            if name not in self.failures:
-                new[name] = self.failures[name] = reason
-        return [f"replaced {name}: {reason}" for name, reason in new.items()]
+        failures = [(f.item, f"{f.kind}: {f.message}") for f in batch.failures]
+        told = gather_objects([preemption.told(), list(rows), batch.items, failures])
+        items: dict[int, int] = {}
+        failed: dict[int, str] = {}
+        for stopping, theirs, their_items, their_failures in told:
+            self.stopping |= stopping
+            items |= zip(theirs, their_items, strict=True)
+            failed = dict(their_failures) | failed
+        new = {
+            records[item].id: reason
+            for item, reason in failed.items()
+            if records[item].id not in self.failures
+        }
+        self.failures |= new
+        lines = [f"replaced {name}: {reason}" for name, reason in new.items()]
+        return Noted([items[row] for row in sorted(items)], sorted(failed), lines)
 
     def bad_videos(self) -> str:
         """The items whose videos could not be used, by kind; empty where all could."""

@@ -6,7 +6,7 @@ P prompts, G completions per prompt.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from jax.sharding import Mesh
@@ -57,19 +57,6 @@ def agreed(reward: Reward, mesh: Mesh, rows: list[int], answers: Answers) -> Ans
     found = gather_objects([rows, answers.custom.tolist()])
     values = next(values for others, values in found if others == rows)
     return answers._replace(custom=np.array(values, np.float32))
-
-
-def items_of_all(rows: Sequence[int], items: Sequence[int]) -> list[int]:
-    """The items of the whole batch, by row, from each process's `items` in its `rows`.
-
-    A collective, of short messages. Processes with the same rows have the same items.
-    """
-    found = {
-        row: item
-        for part in gather_objects([list(rows), list(items)])
-        for row, item in zip(*part, strict=True)
-    }
-    return [found[row] for row in sorted(found)]
 
 
 class ConstantWatch:

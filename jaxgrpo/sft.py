@@ -134,7 +134,7 @@ def main(config: Config) -> None:
                     state, frozen, learnt.prompt, learnt.completion, learnt.length
                 )
                 metrics = {name: float(value) for name, value in jax.device_get(updated).items()}
-                for line in run.note_failures(batch.failures, inputs.train.records):
+                for line in run.note(batch, loader.rows, inputs.train.records).lines:
                     progress.print(line)
                 metrics |= {
                     "data/failed_videos": len(run.failures),

@@ -5,21 +5,24 @@ Legend: P prompts in a step, G completions per prompt, C completion tokens.
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from data.records import Record
+from data.sampling import Plan
 from jaxgrpo import evaluate, preemption
 from jaxgrpo.config import Config, RolloutSection
-from jaxgrpo.dataset import step_plan
+from jaxgrpo.dataset import online_plan, step_plan
 from jaxgrpo.feed import Feed
 from jaxgrpo.inputs import PromptCollator, describe, prepare, prompt_loader
 from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
-from jaxgrpo.metrics import CompileCounter, Progress
+from jaxgrpo.metrics import CompileCounter, Laps, Progress
 from jaxgrpo.policy import Params
 from jaxgrpo.processes import start_processes
 from jaxgrpo.profile import Profiler
@@ -29,14 +32,17 @@ from jaxgrpo.programs import (
     cache_compilations,
     lower_train,
     lower_weights,
+    prompt_shapes,
     score_program,
     truth_shapes,
 )
+from jaxgrpo.refill import Drawn, Groups, lower_refill, places, refilled, together
 from jaxgrpo.run_dir import RunDir
-from jaxgrpo.scoring import ConstantWatch, agreed, items_of_all, open_reward
+from jaxgrpo.scoring import ConstantWatch, agreed, open_reward
 from jaxgrpo.sharding import (
     check_divides,
     make_mesh,
+    put_global,
     put_prompts,
     put_scalar,
     say,
@@ -108,18 +114,23 @@ def main(config: Config) -> None:
         started = time.perf_counter()
         say(f"compiling for prompts of at most {list(config.data.buckets)} tokens ...")
         to_sampler = weights.to_sampler.compile()
-        programs = {
-            number: lower_train(config, mesh, policy, bucket, weights).compile()
-            for number, bucket in enumerate(inputs.train.offers)
-            if inputs.train.buckets[number]
-        }
         score_shapes = (
             answer_shapes(mesh, prompts, config.rollout.group),
             truth_shapes(mesh, prompts, inputs.train.max_spans),
         )
-        score = (
-            score_program(mesh, reward, config.grpo.divide_by_std).lower(*score_shapes).compile()
-        )
+        to_score = score_program(mesh, reward, config.grpo.divide_by_std).lower(*score_shapes)
+        score = to_score.compile()
+        programs, refill = {}, {}
+        for number, bucket in enumerate(inputs.train.offers):
+            if not inputs.train.buckets[number]:
+                continue
+            lowered = lower_train(config, mesh, policy, bucket, weights)
+            programs[number] = lowered.compile()
+            if config.rollout.refills:
+                prompt = prompt_shapes(mesh, policy.config.vision, bucket, prompts)
+                rollout, features = lowered.rollout.out_info
+                groups = Groups(prompt, features, rollout, to_score.out_info)
+                refill[number] = lower_refill(mesh, groups).compile()
         eval_programs = evaluate.compile_eval(
             config, mesh, policy, inputs, weights.to_sampler.out_info
         )
@@ -133,15 +144,26 @@ def main(config: Config) -> None:
             )
 
         # ---- data: the step plan, loaded ahead ----
+        folder = tempfile.TemporaryDirectory(prefix="jaxgrpo-")
+        attempts = 1 + config.rollout.refills  # rollouts in a step, at most
+        plan: Plan
+        online = None
+        if config.data.online is None:
+            plan = step_plan(inputs.train, prompts, config.seed, attempts)
+        else:
+            plan, online = online_plan(
+                *(inputs.train, prompts, config.seed, attempts),
+                *(config.data.online, Path(folder.name), run.online),
+            )
         loader = Feed(
             mesh,
-            step_plan(inputs.train, prompts, config.seed),
+            plan,
             prompt_loader(inputs, inputs.train, config.data),
             PromptCollator(inputs.train.offers, processor.pad_id),
             inputs.train.records,
             config.data,
-            start_step=run.first_step,
-            num_steps=config.train.steps - run.first_step,
+            start_step=run.next_batch,
+            num_steps=(config.train.steps - run.first_step) * attempts,
             given_up=run.given_up(inputs.train.records),
         )
         rows = loader.rows  # of each batch, those of this process
@@ -150,95 +172,129 @@ def main(config: Config) -> None:
         profiler = Profiler(config.profile, run.path)
         seed = put_scalar(mesh, config.seed)
         preemption.defer()
-        with loader:
-            batch = next(loader, None)
-            on_device: Any = put_prompts(mesh, batch.prompts) if batch else None
-            while batch is not None:
-                step, records = batch.step, [inputs.train.records[item] for item in batch.items]
-                program = programs[batch.bucket]
-                profiler.begin(step + 1)
-                begun = time.perf_counter()
+        with folder, loader:
+            following = next(loader, None)
+            on_device: Any = put_prompts(mesh, following.prompts) if following else None
+            for done in range(run.first_step + 1, config.train.steps + 1):
+                last = done == config.train.steps
+                profiler.begin(done)
+                laps = Laps()
+                held: Groups | None = None
+                drawn: list[Drawn] = []
+                for _ in range(attempts):
+                    assert following is not None, "a batch for every rollout"
+                    batch, prompt = following, on_device
+                    program = programs[batch.bucket]
 
-                # ---- rollout: the video once, the prompt once, G completions ----
-                rollout, features = program.rollout(
-                    sampler, on_device, seed, put_scalar(mesh, step)
-                )
-                tokens, lengths, finished = jax.device_get(
-                    (rollout.tokens, rollout.lengths, rollout.finished)
-                )
-                sampled_at = time.perf_counter()
+                    # ---- rollout: the video once, the prompt once, G completions ----
+                    rollout, features = program.rollout(
+                        sampler, prompt, seed, put_scalar(mesh, batch.step)
+                    )
 
-                # ---- reference: while the host reads; the longest completion says how far ----
-                length = program.learn_from(lengths)
+                    # ---- while the device works: the next batch ----
+                    laps.lap("rollout")
+                    following = next(loader, None)
+                    laps.lap("data_wait")
+                    on_device = put_prompts(mesh, following.prompts) if following else None
+                    noted = run.note(batch, rows, inputs.train.records)
+                    records = [inputs.train.records[item] for item in noted.items]
+                    tokens, lengths, finished = jax.device_get(
+                        (rollout.tokens, rollout.lengths, rollout.finished)
+                    )
+                    laps.lap("rollout")
+
+                    # ---- rewards: text -> answers on the host -> scores and advantages ----
+                    mine = [records[row] for row in rows]
+                    texts = [[processor.decode(ids) for ids in row] for row in tokens[rows]]
+                    answers = agreed(reward, mesh, rows, reward.read(texts, mine, lengths[rows]))
+                    truth = reward.truth(mine, inputs.train.max_spans)
+                    scores = score(*put_prompts(mesh, (answers, truth)))
+                    earned = jax.device_get(scores)
+                    reward.check(earned.components)
+                    new = Drawn(records, tokens, lengths, finished, earned)
+                    drawn.append(new)
+                    run.write_groups(done, group_lines(batch.step, new))
+                    if online is not None:
+                        online.observe(batch.step, noted.items, deviations(earned), noted.failed)
+                    for line in [*noted.lines, *watch.update(earned.components)]:
+                        progress.print(line)
+
+                    # ---- refill: other groups for those whose rewards are all equal ----
+                    groups = Groups(prompt, features, rollout, scores)
+                    if held is None:
+                        held, kept = groups, new
+                    else:
+                        source = places(kept.scores.zero_variance, earned.zero_variance)
+                        on_all = put_global(source, NamedSharding(mesh, PartitionSpec()))
+                        held = refill[batch.bucket](held, groups, on_all)
+                        kept = refilled(kept, new, source)
+                    laps.lap("reward")
+                    full = not kept.scores.zero_variance.any()
+                    if full or following is None or following.bucket != batch.bucket:
+                        break
+
+                assert held is not None, "at least one rollout"
+
+                # ---- reference: the longest completion says how far ----
+                length = program.learn_from(kept.lengths)
                 learn = program.learn[length]
                 ref_logp = None
                 if learn.reference is not None:
                     ref_logp = learn.reference(
-                        reference, frozen, on_device, features, rollout.tokens
+                        *(reference, frozen, held.prompt, held.features, held.rollout.tokens)
                     )
-
-                # ---- rewards: text -> answers on the host -> scores and advantages ----
-                texts = [[processor.decode(ids) for ids in row] for row in tokens[rows]]
-                answers = agreed(reward, mesh, rows, reward.read(texts, records, lengths[rows]))
-                truth = reward.truth(records, inputs.train.max_spans)
-                scores = score(*put_prompts(mesh, (answers, truth)))
-                scored_at = time.perf_counter()
 
                 # ---- update: the prompt once and its G completions ----
                 update_batch = UpdateBatch(
-                    prompt=on_device,
-                    features=features,
-                    completions=rollout.tokens,
-                    lengths=rollout.lengths,
-                    advantages=scores.advantages,
-                    sampler_logp=rollout.sampler_logp,
+                    prompt=held.prompt,
+                    features=held.features,
+                    completions=held.rollout.tokens,
+                    lengths=held.rollout.lengths,
+                    finished=held.rollout.finished,
+                    advantages=held.scores.advantages,
+                    sampler_logp=held.rollout.sampler_logp,
                     old_logp=None,
                     ref_logp=ref_logp,
                 )
                 del sampler  # the update needs its memory
-                state, updated = learn.update(state, frozen, update_batch)
+                state, updated, logp = learn.update(state, frozen, update_batch)
+                if learn.update_again is not None:
+                    update_batch = update_batch._replace(old_logp=logp)
+                    for _ in range(config.grpo.updates - 1):
+                        state, again, _ = learn.update_again(state, frozen, update_batch)
+                    # Of the first: what it met. Of the last: what only the others can tell.
+                    news = again.keys() - updated.keys() | {"skipped_in_a_row"}
+                    updated |= {name: again[name] for name in news}
                 sampler = to_sampler(state.params, frozen)
-
-                # ---- while the device works: the next batch ----
-                waited = time.perf_counter()
-                following = next(loader, None)
-                waited = time.perf_counter() - waited
-                on_device = put_prompts(mesh, following.prompts) if following else None
+                updated = jax.device_get(updated)
+                laps.lap("update")
 
                 # ---- metrics ----
-                updated, earned = jax.device_get((updated, scores))
-                reward.check(earned.components)
-                ended = time.perf_counter()
-                if profiler.end(step + 1, last=following is None):
+                if profiler.end(done, last=last):
                     progress.print(f"wrote a trace to {profiler.folder}")
-                for line in run.note_failures(batch.failures, inputs.train.records):
-                    progress.print(line)
+                times = laps.seconds()
+                sampled = together(drawn)
                 metrics = {
-                    **step_metrics(earned, lengths, finished, updated),
+                    **step_metrics(sampled.scores, sampled.lengths, sampled.finished, updated),
                     "completion/bucket": length,
                     "data/failed_videos": len(run.failures),
                     **inputs.served(),
                     "compilations": compilations.total,
-                    "time/rollout": sampled_at - begun,
-                    "time/reward": scored_at - sampled_at,
-                    "time/update": ended - scored_at - waited,
-                    "time/data_wait": waited,
-                    "time/step": ended - begun,
-                    "throughput/tokens_per_second": int(lengths.sum()) / (ended - begun),
+                    **times,
+                    "throughput/tokens_per_second": int(sampled.lengths.sum()) / times["time/step"],
                 }
-                if (step + 1) % config.log.every == 0 or following is None:
-                    run.write(step + 1, "train", metrics)
-                    shown = [inputs.train.records[i] for i in items_of_all(rows, batch.items)]
-                    count = config.log.samples
-                    kept = samples(shown, tokens, lengths, earned, processor.decode, count)
-                    run.write_completions(step + 1, "train", kept)
-                for line in watch.update(earned.components):
-                    progress.print(line)
+                if config.rollout.refills:
+                    metrics["groups/sampled"] = len(sampled.records)
+                    metrics["groups/teaching"] = 1 - float(kept.scores.zero_variance.mean())
+                if done % config.log.every == 0 or last:
+                    run.write(done, "train", metrics)
+                    lines = samples(kept, processor.decode, config.log.samples)
+                    run.write_completions(done, "train", lines)
                 progress.update(metrics)
-                stop_if_not_finite(int(updated["skipped_in_a_row"]), step, records, config)
+                in_a_row = int(updated["skipped_in_a_row"])
+                stop_if_not_finite(in_a_row, done - 1, kept.records, config)
 
                 # ---- evaluation, checkpoint; the end if SIGTERM came ----
-                done, last = step + 1, following is None
                 due = last or bool(config.eval.every and done % config.eval.every == 0)
                 if due and not run.stopping:
                     evaluated = evaluate.run_evaluation(
@@ -246,10 +302,14 @@ def main(config: Config) -> None:
                     )
                     due = evaluated is None
                 if last or run.stopping or done % config.checkpoint.every == 0:
-                    run.save(done, state, owes_evaluation=due)
+                    run.save(
+                        *(done, state),
+                        owes_evaluation=due,
+                        next_batch=batch.step + 1,
+                        online=None if online is None else online.state(),
+                    )
                 if run.stopping:
                     run.stop(done)
-                batch = following
         progress.close()
         say(scores_table(run, config.train.steps))
         if bad := run.bad_videos():
@@ -295,21 +355,40 @@ def step_metrics(
     return metrics | {name: float(value) for name, value in updated.items()}
 
 
-def samples(
-    records: Sequence[Record],
-    tokens: np.ndarray,
-    lengths: np.ndarray,
-    scores: Scores,
-    decode: Callable[[np.ndarray], str],
-    count: int,
-) -> list[dict[str, Any]]:
+def deviations(scores: Scores) -> list[float]:
+    """The standard deviation of each group's rewards, exactly 0 where all are equal."""
+    values: list[float] = np.where(scores.zero_variance, 0.0, scores.total.std(axis=-1)).tolist()
+    return values
+
+
+def group_lines(batch: int, drawn: Drawn) -> list[dict[str, Any]]:
+    """What the groups of a batch earned, a line each: the history of their items."""
+    scores = drawn.scores
+    return [
+        {
+            "batch": batch,
+            "id": record.id,
+            "task": record.task,
+            "mean": float(scores.total[row].mean()),
+            "std": deviation,
+            **{
+                f"mean/{name}": float(values[row].mean())
+                for name, values in scores.components.items()
+                if not np.isnan(values[row]).any()
+            },
+        }
+        for row, (record, deviation) in enumerate(
+            zip(drawn.records, deviations(scores), strict=True)
+        )
+    ]
+
+
+def samples(drawn: Drawn, decode: Callable[[np.ndarray], str], count: int) -> list[dict[str, Any]]:
     """The first completion of `count` prompts as lines to read; all of every prompt where it is -1.
 
     The lines carry "row" and "sample", by which `rescore` knows the groups.
-
-    Args:
-      records, tokens, lengths, scores: of the whole batch.
     """
+    records, tokens, lengths, _, scores = drawn
     prompts, group = lengths.shape
     chosen = [(p, 0) for p in range(min(count, prompts))]
     if count < 0:
@@ -333,6 +412,6 @@ def closing_words(config: Config) -> str:
     """What was written and what to do next."""
     run = config.run_dir
     return (
-        f"wrote {run}: metrics.jsonl, completions.jsonl, curves.png, checkpoints/\n"
+        f"wrote {run}: metrics.jsonl, completions.jsonl, groups.jsonl, curves.png, checkpoints/\n"
         f"next: jaxgrpo export {run} {run}-hf   (a directory for transformers and vLLM)"
     )

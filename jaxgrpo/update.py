@@ -40,8 +40,9 @@ class UpdateBatch(NamedTuple):
     features: Array | None  # [P, U, D] of a frozen vision tower; None: encode with gradients
     completions: Array  # int32[P, G, C]
     lengths: Array  # int32[P, G]
+    finished: Array  # bool[P, G]: not truncated
     advantages: Array  # f32[P, G]
-    sampler_logp: Array  # f32[P, G, C], to watch the gap between sampler and trainer
+    sampler_logp: Array  # f32[P, G, C]
     old_logp: Array | None  # f32[P, G, C]; None: on-policy, the current policy's own
     ref_logp: Array | None  # f32[P, G, C]; None: no KL term
 
@@ -67,10 +68,21 @@ def learning_rate_schedule(config: OptimSection, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [warm]) if warm else after
 
 
-def make_optimizer(config: OptimSection, steps: int) -> optax.GradientTransformation:
-    """AdamW as torch's: decoupled weight decay, on every weight."""
+def make_optimizer(
+    config: OptimSection, steps: int, updates: int = 1
+) -> optax.GradientTransformation:
+    """AdamW as torch's: decoupled weight decay, on every weight.
+
+    Args:
+      updates: in each of the steps, with one learning rate.
+    """
+    of_step = learning_rate_schedule(config, steps)
+
+    def of_update(count: Array) -> Array:
+        return of_step(count // updates)
+
     return optax.adamw(
-        learning_rate_schedule(config, steps),
+        of_step if updates == 1 else of_update,
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
@@ -87,8 +99,8 @@ def grpo_gradients(
     config: GrpoSection,
     accumulate: int = 1,
     length: int | None = None,
-) -> tuple[Params, dict[str, Array]]:
-    """Gradients of the GRPO loss, and its metrics.
+) -> tuple[Params, dict[str, Array], Array]:
+    """Gradients of the GRPO loss, its metrics, and the log-probabilities that it is made of.
 
     With `accumulate` = A the P prompts go through in A micro-batches of P / A, one after another;
     the sums are divided by the whole batch's count once, so the result is that of one batch.
@@ -96,33 +108,42 @@ def grpo_gradients(
     With `length` only the completions' first so many tokens are computed with, which changes
     nothing if none has more.
 
+    With `config.mask_truncated` what was cut off counts nowhere here (DAPO, section 3.4); it has
+    had its part in the group's mean. Where nothing is left the gradients are 0.
+
     Returns:
-      gradients (float32, in the nesting of `params`) and scalars: loss, those of `grpo_loss`, and
-      the sampler gap (mean |trainer - sampler| log-probability).
+      gradients (float32, in the nesting of `params`); scalars: loss, those of `grpo_loss`, and the
+      sampler gap (mean |trainer - sampler| log-probability); f32[P, G, length].
     """
     mask = completion_mask(batch.lengths, batch.completions.shape[2])
-    weights, count = token_weights(mask, config.aggregation)
+    if config.mask_truncated:
+        mask = mask * batch.finished[..., None]
+    weights, count = token_weights(mask, config.aggregation, some=config.mask_truncated)
     tokens = jnp.maximum(mask.sum(), 1.0)
     batch, weights, mask = _first_tokens(batch, weights, mask, length)
 
     def loss_sum(
         params: Params, micro: tuple[UpdateBatch, Array, Array]
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, tuple[dict[str, Array], Array]]:
         batch, weights, mask = micro
         logp, entropy = policy.log_probs(
             params | frozen, batch.prompt, batch.features, batch.completions
         )
-        inputs = LossInputs(batch.advantages, weights, mask, batch.old_logp, batch.ref_logp)
+        sampler_logp = batch.sampler_logp if config.importance_cap else None
+        inputs = LossInputs(
+            batch.advantages, weights, mask, batch.old_logp, batch.ref_logp, sampler_logp
+        )
         loss, sums = grpo_loss(logp, entropy, inputs, config)
-        gap = jnp.abs(jax.lax.stop_gradient(logp) - batch.sampler_logp)
-        return loss, sums | {"sampler_gap": jnp.sum(mask * gap)}
+        logp = jax.lax.stop_gradient(logp)
+        gap = jnp.abs(logp - batch.sampler_logp)
+        return loss, (sums | {"sampler_gap": jnp.sum(mask * gap)}, logp)
 
     value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
-    (loss, sums), gradients = accumulated(
+    (loss, sums), gradients, logp = accumulated(
         value_and_grad, params, (batch, weights, mask), accumulate
     )
     gradients = jax.tree.map(lambda g: g / count, gradients)
-    return gradients, {"loss": loss / count} | {k: v / tokens for k, v in sums.items()}
+    return gradients, {"loss": loss / count} | {k: v / tokens for k, v in sums.items()}, logp
 
 
 def _first_tokens(
@@ -162,13 +183,13 @@ def sft_gradients(
 
     def loss_sum(
         params: Params, micro: tuple[Prompt, Array, Array]
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, tuple[dict[str, Array], None]]:
         prompt, completions, mask = micro
         logp, entropy = policy.log_probs(params | frozen, prompt, None, completions)
-        return -jnp.sum(mask * logp), {"entropy": jnp.sum(mask * entropy)}
+        return -jnp.sum(mask * logp), ({"entropy": jnp.sum(mask * entropy)}, None)
 
     value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
-    (loss, sums), gradients = accumulated(
+    (loss, sums), gradients, _ = accumulated(
         value_and_grad, params, (prompt, completions, mask), accumulate
     )
     gradients = jax.tree.map(lambda g: g / count, gradients)
@@ -176,23 +197,39 @@ def sft_gradients(
 
 
 def accumulated(value_and_grad: Callable, params: Params, batch: Any, micro_batches: int) -> Any:
-    """Sums `value_and_grad(params, micro_batch)` over micro-batches of the leading axis."""
+    """Runs `value_and_grad(params, micro_batch)` over micro-batches of the leading axis.
+
+    Args:
+      value_and_grad: gives ((loss, (sums, rows)), gradients).
+
+    Returns:
+      ((loss, sums), gradients, rows): sums over the micro-batches, but `rows` put together.
+    """
     if micro_batches == 1:
-        return value_and_grad(params, batch)
+        (loss, (sums, rows)), gradients = value_and_grad(params, batch)
+        return (loss, sums), gradients, rows
 
     # Micro-batch a takes rows a, a + A, ...: each keeps its share of every device's rows.
     def split(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(len(x) // micro_batches, micro_batches, *x.shape[1:]), 1, 0)
 
+    def together(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+
+    def one(micro: Any) -> tuple[Any, Any]:
+        (loss, (sums, rows)), gradients = value_and_grad(params, micro)
+        return ((loss, sums), gradients), rows
+
     micro = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], micro))
+    shapes, _ = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def add(total: Any, one: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(params, one)), None
+    def add(total: Any, micro: Any) -> tuple[Any, Any]:
+        summed, rows = one(micro)
+        return jax.tree.map(jnp.add, total, summed), rows
 
-    total, _ = jax.lax.scan(add, zeros, micro)
-    return total
+    (loss_and_sums, gradients), rows = jax.lax.scan(add, zeros, micro)
+    return loss_and_sums, gradients, jax.tree.map(together, rows)
 
 
 def apply_gradients(

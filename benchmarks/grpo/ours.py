@@ -101,13 +101,14 @@ def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, A
             features=None,
             completions=completions,
             lengths=jnp.full((1, workload.group), workload.length, jnp.int32),
+            finished=jnp.zeros((1, workload.group), bool),
             advantages=advantages,
             sampler_logp=logp,
             old_logp=None,
             ref_logp=None,
         )
         del sampler
-        state, metrics = programs.learn[workload.length].update(state, {}, batch)
+        state, metrics, _ = programs.learn[workload.length].update(state, {}, batch)
         sampler = to_sampler(state.params, {})
         found = jax.device_get(metrics)
         jax.block_until_ready(sampler)

@@ -94,7 +94,7 @@ def random_groups(
     Old and reference log-probabilities are the current ones plus noise, wide enough that both
     sides of the clip are at work.
     """
-    rng = np.random.default_rng(seed)
+    rng, others = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     groups = []
     for layout in layouts:
         prompt = random_prompt(rng, layout, vocab=VOCAB, seconds_per_grid=1.3)
@@ -102,7 +102,8 @@ def random_groups(
         lengths = lengths if group > 1 else [width]
         completions = [rng.choice(np.flatnonzero(USABLE), n).astype(np.int32) for n in lengths]
         rewards = rng.choice([0.0, 0.25, 0.5, 1.0], group).astype(np.float32)
-        one = Group(prompt, *grids(layout), completions, rewards, [], [])
+        finished = others.random(group) < 0.7
+        one = Group(prompt, *grids(layout), completions, rewards, [], [], [], finished)
         for completion in completions:
             with torch.no_grad():
                 logp, _ = torch_grpo.log_probs_and_entropies(
@@ -111,6 +112,8 @@ def random_groups(
             for past, spread in ((one.old_logp, 0.5), (one.ref_logp, 0.8)):
                 noise = rng.normal(0, spread, len(completion))
                 past.append((logp.numpy() + noise).astype(np.float32))
+            noise = others.normal(0, 0.3, len(completion))
+            one.sampler_logp.append((one.old_logp[-1] + noise).astype(np.float32))
         groups.append(one)
     return groups
 
@@ -126,6 +129,9 @@ def objective(config: GrpoSection, width: int) -> Objective:
         TEMPERATURE,
         USABLE,
         width,
+        config.dual_clip,
+        config.importance_cap,
+        config.mask_truncated,
     )
 
 
@@ -148,8 +154,9 @@ def update_batch(groups: list[Group], width: int) -> UpdateBatch:
         features=None,
         completions=padded([group.completions for group in groups], width, PAD, np.int32),
         lengths=np.array([[len(c) for c in group.completions] for group in groups], np.int32),
+        finished=np.stack([group.finished for group in groups]),
         advantages=group_advantages(jnp.asarray(rewards)),
-        sampler_logp=old_logp,
+        sampler_logp=padded([group.sampler_logp for group in groups], width, 0.0, np.float32),
         old_logp=old_logp,
         ref_logp=padded([group.ref_logp for group in groups], width, 0.0, np.float32),
     )

@@ -11,6 +11,7 @@ import pytest
 
 from jaxgrpo import config
 from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.data_config import SyntheticSection
 
 MINIMAL = {"run_dir": "runs/a", "model": {"path": "models/tiny"}, "data": {"train": "train.jsonl"}}
 
@@ -89,7 +90,7 @@ def test_a_file_and_overrides_make_one_config(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("run_dir: runs/a\nmodel: {path: m}\ndata:\n  synthetic: {train_clips: 9}\n")
     c = config.load(path, ["data.synthetic.seed=4", "optim.learning_rate=2e-6", "run_dir=runs/b"])
-    assert c.data.synthetic == config.SyntheticSection(train_clips=9, seed=4)
+    assert c.data.synthetic == SyntheticSection(train_clips=9, seed=4)
     assert (c.optim.learning_rate, c.run_dir) == (2e-6, "runs/b")
 
 
@@ -193,5 +194,6 @@ def test_only_these_keys_are_resumable() -> None:
             "data.workers",
             "data.prefetch",
         ),
+        *("select.right", "select.spread", "select.share", "select.budget"),
         *("train.steps", "train.max_nonfinite_steps", "sft.steps", "reward.constant_steps"),
     }

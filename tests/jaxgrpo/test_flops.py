@@ -174,6 +174,7 @@ def test_an_update_executes_the_formula(small: SmallModel, step: Step) -> None:
         features=features,
         completions=completions(step),
         lengths=jax.ShapeDtypeStruct((step.prompts, step.group), np.int32),
+        finished=jax.ShapeDtypeStruct((step.prompts, step.group), np.bool_),
         advantages=per_completion,
         sampler_logp=completions(step, np.float32),
         old_logp=None,

@@ -83,9 +83,16 @@ def test_the_worked_example_of_token_weights() -> None:
         assert float(our_count) == count
 
 
-def test_empty_completions_divide_by_nothing() -> None:
+def test_completions_masked_as_a_whole_are_not_counted() -> None:
+    mask = jnp.array([[[1.0, 1, 0], [0, 0, 0]]])
+    counts = {name: float(token_weights(mask, name, some=True)[1]) for name in AGGREGATIONS}
+    assert counts == {"sequence": 1, "token": 2, "constant": 6}  # as in the docstring
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_empty_completions_divide_by_nothing(some: bool) -> None:
     for aggregation in AGGREGATIONS:
-        weights, count = token_weights(jnp.zeros((1, 2, 3)), aggregation)
+        weights, count = token_weights(jnp.zeros((1, 2, 3)), aggregation, some)
         assert np.array_equal(weights, np.zeros((1, 2, 3))) and float(count) > 0
 
 
@@ -222,6 +229,33 @@ def test_clip_higher_stops_the_gradient_only_beyond_its_own_side(
     clipped = min(max(ratio, 0.8), 1.3)
     assert value == pytest.approx(-min(ratio * advantage, clipped * advantage), rel=1e-5)
     assert gradient == pytest.approx(-ratio * advantage if learns else 0.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "loss"), [(0.5, 0.8), (2.0, 2.0), (5.0, 3.0)])
+def test_the_worked_example_of_the_dual_clip(ratio: float, loss: float) -> None:
+    config = dataclasses.replace(PLAIN, dual_clip=3.0)
+    value, gradient = one_token(-3.0, -3.0 - math.log(ratio), None, -1.0, config)
+    assert value == pytest.approx(loss, rel=1e-5)
+    assert gradient == pytest.approx(2.0 if ratio == 2 else 0.0, rel=1e-5)
+    good = one_token(-3.0, -3.0 - math.log(ratio), None, 1.0, config)
+    assert good == one_token(-3.0, -3.0 - math.log(ratio), None, 1.0, PLAIN)
+
+
+@pytest.mark.parametrize(("gap", "weight"), [(math.log(0.5), 0.5), (0.0, 1.0), (1.0, 1.5)])
+def test_what_the_sampler_made_too_likely_counts_less_and_no_token_more_than_the_cap(
+    gap: float, weight: float
+) -> None:
+    """The weight is no function of the policy: no gradient passes through it."""
+    config = dataclasses.replace(PLAIN, importance_cap=1.5)
+    one = jnp.ones((1, 1, 1))
+
+    def loss(logp: jax.Array) -> jax.Array:
+        inputs = LossInputs(0.7 * one[0], one, one, None, None, sampler_logp=(-2.0 - gap) * one)
+        return grpo_loss(logp, 0 * one, inputs, config)[0]
+
+    value, gradient = jax.value_and_grad(loss)(-2.0 * one)
+    assert float(value) == pytest.approx(-0.7 * weight, rel=1e-5)
+    assert float(gradient[0, 0, 0]) == pytest.approx(-0.7 * weight, rel=1e-5)
 
 
 def test_on_policy_the_gradient_is_that_of_plain_policy_gradients() -> None:

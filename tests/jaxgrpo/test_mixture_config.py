@@ -11,7 +11,12 @@ import yaml
 from data.records import TASKS
 from jaxgrpo import config as configs
 from jaxgrpo.config import Config, ConfigError
-from jaxgrpo.mixture_config import ManifestSection, MixtureSection, TaskWeightsSection
+from jaxgrpo.mixture_config import (
+    ManifestSection,
+    MixtureSection,
+    OnlineSection,
+    TaskWeightsSection,
+)
 
 
 def make(data: str) -> Config:
@@ -36,6 +41,12 @@ def test_every_task_can_have_a_weight() -> None:
     assert make("{train: a, task_weights: {tvg: 2}}").data.task_weights.tvg == 2.0
 
 
+def test_online_sampling_is_a_section_or_nothing() -> None:
+    assert make("{train: a}").data.online is None
+    assert make("{train: a, online: {}}").data.online == OnlineSection()
+    assert make("{train: a, online: {floor: 1, round: 6}}").data.online == OnlineSection(6, floor=1)
+
+
 def test_a_config_with_a_mixture_is_written_and_read_back(tmp_path: Path) -> None:
     config = make(TWO)
     (tmp_path / "c.yaml").write_text(configs.to_yaml(config))
@@ -55,6 +66,12 @@ def test_a_config_with_a_mixture_is_written_and_read_back(tmp_path: Path) -> Non
         ("{eval_mixture: [{manifest: a, weight: 1}]}", "unknown key data.eval_mixture[0].weight"),
         ("{train: a, task_weights: {tvg: 0}}", "data.task_weights.tvg is 0, expected more than 0"),
         ("{train: a, task_weights: {tgv: 1}}", "did you mean 'tvg'"),
+        ("{train: a, online: {round: 5}}", "data.online.round is 5, expected 6 or more"),
+        ("{train: a, prefetch: 20, online: {}}", "data.online.round is 16, expected 24 or more"),
+        ("{train: a, online: {floor: 0}}", "floor is 0.0, expected more than 0 and at most 1"),
+        ("{train: a, online: {memory: 1.5}}", "memory is 1.5, expected more than 0 and at most 1"),
+        ("{train: a, online: {most: 0.5}}", "data.online.most is 0.5, expected 1 or more"),
+        ("{train: a, online: {flor: 1}}", "did you mean 'floor'"),
         ("{train: a, mixture: [{manifest: b}]}", "data.train and data.mixture are both set"),
         ("{eval: a, eval_mixture: [{manifest: b}]}", "data.eval and data.eval_mixture are both"),
         ("{synthetic: {}, mixture: [{manifest: b}]}", "data.synthetic and data.mixture are both"),

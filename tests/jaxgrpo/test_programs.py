@@ -112,6 +112,7 @@ class Run(NamedTuple):
             features=features,
             completions=rollout.tokens,
             lengths=rollout.lengths,
+            finished=rollout.finished,
             advantages=put_prompts(self.mesh, np.asarray(advantages, np.float32)),
             sampler_logp=rollout.sampler_logp,
             old_logp=None,
@@ -236,7 +237,7 @@ def test_the_first_step_is_on_policy_and_the_next_leaves_the_reference(run: Run)
     for step in range(2):
         rollout, features = run.rollout(sampler, 0, step)
         batch = run.batch(rollout, features, ADVANTAGES)
-        state, metrics = run.programs.learn[C].update(state, run.frozen, batch)
+        state, metrics, _ = run.programs.learn[C].update(state, run.frozen, batch)
         sampler = run.publish(state)
         assert not metrics.keys() & {"ratio", "clip_low", "clip_high"}
         assert float(metrics["sampler_gap"]) < 1e-5
@@ -251,7 +252,7 @@ def test_updates_donate_their_state_but_leave_reference_and_frozen_weights(run: 
     before = leaves(run.reference)
     state, sampler = run.start()
     batch = run.batch(*run.rollout(sampler, 0, 0), ADVANTAGES)
-    after, _ = run.programs.learn[C].update(state, run.frozen, batch)
+    after, _, _ = run.programs.learn[C].update(state, run.frozen, batch)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
     assert after.params.keys() == {"text"}
     for old, now in zip(before, leaves(run.reference), strict=True):
@@ -269,7 +270,7 @@ def test_likely_is_what_was_rewarded(run: Run) -> None:
     rollout, features = run.rollout(sampler, 0, 0)
     batch = run.batch(rollout, features, ADVANTAGES)
     for _ in range(10):
-        state, _ = run.programs.learn[C].update(state, run.frozen, batch)
+        state, _, _ = run.programs.learn[C].update(state, run.frozen, batch)
     reference = run.programs.learn[C].reference
     assert reference is not None
     logp = reference(state.params, run.frozen, run.prompt, features, rollout.tokens)
@@ -284,12 +285,12 @@ def test_a_non_finite_step_is_skipped_in_the_compiled_update_too(run: Run) -> No
     rollout, features = run.rollout(sampler, 0, 0)
     bad = run.batch(rollout, features, [[np.nan, 0.0, 0.0], [0.0, 0.7, -0.7]])
     before = leaves((state.params, state.opt_state))
-    state, metrics = run.programs.learn[C].update(state, run.frozen, bad)
+    state, metrics, _ = run.programs.learn[C].update(state, run.frozen, bad)
     assert int(metrics["skipped_in_a_row"]) == 1 and int(state.skipped) == 1
     for old, now in zip(before, leaves((state.params, state.opt_state)), strict=True):
         assert old.tobytes() == now.tobytes()
     good = run.batch(rollout, features, ADVANTAGES)
-    state, metrics = run.programs.learn[C].update(state, run.frozen, good)
+    state, metrics, _ = run.programs.learn[C].update(state, run.frozen, good)
     assert int(metrics["skipped_in_a_row"]) == 0 and int(state.skipped) == 0
 
 
@@ -299,7 +300,7 @@ def test_a_second_step_compiles_nothing(run: Run) -> None:
         with CompileCounter() as compilations:
             rollout, features = run.rollout(sampler, 0, step)
             batch = run.batch(rollout, features, ADVANTAGES)
-            state, _ = run.programs.learn[C].update(state, run.frozen, batch)
+            state, _, _ = run.programs.learn[C].update(state, run.frozen, batch)
     assert compilations.total == 0
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.pipeline import Failure
+from data.pipeline import Batch, Failure
 from data.records import read_manifest
 from jaxgrpo import config as configs
 from jaxgrpo import run_dir
@@ -37,6 +37,29 @@ def state(value: float) -> TrainState:
     return TrainState({"w": jnp.full(3, value)}, (zero,), zero)
 
 
+ROWS = [1, 2]
+
+
+def batch_with(failures: list[Failure]) -> Batch:
+    return Batch(step=0, bucket=0, items=[11, 12], failures=failures, prompts=None)
+
+
+def test_processes_tell_each_other_of_a_batch(
+    place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = read_manifest(place.clips / "mixed.jsonl", place.clips)
+    others = [[False, [0, 3], [10, 13], [(4, "empty: e.mp4: nothing")]]]
+    others += [[True, [1, 2], [11, 12], [(5, "truncated: cut.mp4: ends early")]]]
+    with RunDir(config_of(place, tmp_path / "run"), "train") as run:
+        monkeypatch.setattr(run_dir, "gather_objects", lambda mine: [others[0], mine, others[1]])
+        failures = [Failure(5, "truncated", "cut.mp4: ends early")]
+        noted = run.note(batch_with(failures), ROWS, records)
+        assert noted.items == [10, 11, 12, 13]
+        assert noted.failed == [4, 5]
+        assert len(noted.lines) == 2 and set(run.failures) == {records[4].id, "cut"}
+        assert run.stopping
+
+
 def test_a_new_run_starts_with_nothing(place: Workplace, tmp_path: Path) -> None:
     with RunDir(config_of(place, tmp_path / "run"), "train") as run:
         assert run.first_step == 0
@@ -49,16 +72,15 @@ def test_a_run_remembers_its_state_and_its_bad_videos(place: Workplace, tmp_path
     with RunDir(config, "train") as run:
         run.keep_to({}, [], {"data.train/notes": "notes: unreadable: not a video"})
         failures = [Failure(5, "truncated", "cut.mp4: ends early")]
-        assert run.note_failures(failures, records) == [
-            "replaced cut: truncated: cut.mp4: ends early"
-        ]
-        assert run.note_failures(failures, records) == []  # the second time is no news
+        noted = run.note(batch_with(failures), ROWS, records)
+        assert noted.lines == ["replaced cut: truncated: cut.mp4: ends early"]
+        assert run.note(batch_with(failures), ROWS, records).lines == []  # no news any more
         run.save(2, state(2.0))
     with RunDir(config, "train") as run:
         assert run.first_step == 2
         assert run.excluded == {"data.train/notes": "notes: unreadable: not a video"}
         assert run.failures == {"cut": "truncated: cut.mp4: ends early"}
-        assert run.note_failures(failures, records) == []
+        assert run.note(batch_with(failures), ROWS, records).lines == []
         found = run.restore(abstract(state(0.0)))
         np.testing.assert_array_equal(found.params["w"], [2.0, 2.0, 2.0])
 
@@ -70,7 +92,7 @@ def test_a_run_lists_its_bad_videos_by_kind(place: Workplace, tmp_path: Path) ->
         run.keep_to(
             {}, [], {f"data.train/{x}": f"{x}: unreadable: {x}.mp4: no" for x in ("b", "a:b")}
         )
-        run.note_failures([Failure(5, "truncated", "cut.mp4: ends early")], records)
+        run.note(batch_with([Failure(5, "truncated", "cut.mp4: ends early")]), ROWS, records)
         assert run.bad_videos() == (
             "3 items had videos that could not be used:\n  truncated: cut\n  unreadable: a:b, b"
         )
@@ -81,7 +103,8 @@ def test_hung_decoders_are_remembered_as_items(place: Workplace, tmp_path: Path)
     records = read_manifest(place.clips / "mixed.jsonl", place.clips)
     with RunDir(config, "train") as run:
         hung = Failure(2, "timeout", "a.mp4: no progress within 1 s")
-        run.note_failures([hung, Failure(5, "truncated", "cut.mp4: ends early")], records)
+        failures = [hung, Failure(5, "truncated", "cut.mp4: ends early")]
+        run.note(batch_with(failures), ROWS, records)
         run.save(2, state(2.0))
     with RunDir(config, "train") as run:
         assert run.given_up(records) == {2: ("timeout", "a.mp4: no progress within 1 s")}

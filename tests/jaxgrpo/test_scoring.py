@@ -77,12 +77,6 @@ def test_processes_with_the_same_rows_take_the_first_ones_values(
     assert agreed(plain, mesh, [1], answers) is answers
 
 
-def test_the_items_of_a_batch_are_put_together_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [[[0, 3], [70, 73]], [[1, 2], [71, 72]], [[0, 3], [70, 73]]]  # 0 and 2 share rows
-    monkeypatch.setattr(scoring, "gather_objects", lambda mine: parts)
-    assert scoring.items_of_all([1, 2], [71, 72]) == [70, 71, 72, 73]
-
-
 # ---- components that teach nothing ----
 
 

@@ -159,7 +159,7 @@ def run_step(small: SmallModel, batch: UpdateBatch) -> Any:
 
         state_shardings = jax.tree.map(lambda x: x.sharding, state)
         update = update_program(mesh, small.policy, CONFIG, optimizer, state_shardings)
-        after, metrics = compiled(update, state, {}, on_device)(state, {}, on_device)
+        after, metrics, _ = compiled(update, state, {}, on_device)(state, {}, on_device)
         assert_laid_out(after.params, shardings)
         moments = after.opt_state[0].mu
         assert_laid_out(moments, shardings)

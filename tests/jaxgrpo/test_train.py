@@ -167,12 +167,53 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
     expected = +expected_programs(1, kl=True, resumed=True)
     compiled, read, fetches = json.loads(counts.read_text())
     assert (compiled, read) == (expected, expected.total())
-    # A step asks the device twice: for the completions, and for the rewards and metrics.
-    assert fetches["jaxgrpo.train"] == 2 * (6 - 4)
+    # A step asks the device for the completions, for the rewards, and for the metrics.
+    assert fetches["jaxgrpo.train"] == 3 * (6 - 4)
     # It knows what was left out and what the scores were when the run began.
     assert "notes: " in last.out
     row = next(x for x in last.out.splitlines() if x.startswith("tvg/mIoU "))
     assert row.split()[1] == f"{tiny_run.lines(reference, 'eval')[0]['tvg/mIoU']:.3f}"
+
+
+REFILLED = (
+    *("rollout.refills=2", "data.online.round=6", "eval.every=0", "eval.limit=2", "grpo.kl=0"),
+    *("grpo.updates=2", "grpo.dual_clip=3", "grpo.importance_cap=2", "grpo.mask_truncated=true"),
+)
+
+
+def test_a_run_with_every_knob_is_the_same_killed_and_on_two_processes(place: Workplace) -> None:
+    whole, killed, shared = (place.folder / f"refilled{number}" for number in range(3))
+    overrides = [*tiny_run.started(place), *tiny_run.mixed(place), *REFILLED]
+    counts = place.folder / "refilled.json"
+    tiny_run.run(place, "train", whole, *overrides, counts=counts)
+    expected = +expected_programs(1, kl=False) | {"jit(refill)": 1, "jit(update)": 2}
+    assert json.loads(counts.read_text())[0] == expected
+
+    # What was sampled is written down by item, batch by batch; some steps took several.
+    groups = [json.loads(line) for line in (whole / "groups.jsonl").read_text().splitlines()]
+    of_batch = collections.Counter(group["batch"] for group in groups)
+    assert set(of_batch) == set(range(len(of_batch))) and set(of_batch.values()) == {4}
+    of_step = collections.Counter(group["step"] for group in groups)
+    lines = tiny_run.lines(whole, "train")
+    assert [line["groups/sampled"] for line in lines] == [of_step[line["step"]] for line in lines]
+    assert len(of_batch) > STEPS
+    for line in lines:
+        mine = [group for group in groups if group["step"] == line["step"]]
+        equal = sum(group["std"] == 0 for group in mine)
+        assert line["groups/zero_variance"] == pytest.approx(equal / len(mine))
+        assert line["reward/total"] == pytest.approx(np.mean([group["mean"] for group in mine]))
+        assert line["groups/teaching"] == min((len(mine) - equal) / 4, 1)
+        assert {"ratio", "clip_low", "clip_high", "dual_clip", "importance"} <= line.keys()
+    assert any(line["ratio"] != 1 for line in lines)
+
+    tiny_run.run(place, "train", killed, *overrides, kill="update:4")
+    tiny_run.run(place, "train", killed, *overrides, "data.workers=1")
+    assert_equals_reference(killed, whole)
+    assert (killed / "groups.jsonl").read_bytes() == (whole / "groups.jsonl").read_bytes()
+
+    tiny_run.run_processes(place, 2, shared, *overrides)
+    found = [json.loads(line) for line in (shared / "groups.jsonl").read_text().splitlines()]
+    assert [(g["batch"], g["id"]) for g in found] == [(g["batch"], g["id"]) for g in groups]
 
 
 def test_a_third_of_broken_videos_is_replaced_alike_by_a_resumed_run(place: Workplace) -> None:

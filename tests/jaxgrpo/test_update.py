@@ -54,9 +54,11 @@ GRADIENT_TOLERANCE = 1e-4  # norm of the difference / norm, of every tensor
 WIDTH = 7
 
 
-def section(aggregation: Aggregation) -> GrpoSection:
+def section(aggregation: Aggregation, **knobs: Any) -> GrpoSection:
     """Every term of the loss at work, the two clips of different widths."""
-    return GrpoSection(clip_low=0.2, clip_high=0.28, kl=0.05, entropy=0.01, aggregation=aggregation)
+    return GrpoSection(
+        clip_low=0.2, clip_high=0.28, kl=0.05, entropy=0.01, aggregation=aggregation, **knobs
+    )
 
 
 class Step(NamedTuple):
@@ -78,8 +80,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], SmallMod
 @pytest.fixture(scope="module")
 def step(small: Callable[[bool], SmallModel]) -> Callable[..., Step]:
     @cache
-    def make(tied: bool, aggregation: Aggregation, width: int = WIDTH, prompts: int = 4) -> Step:
-        model, config = small(tied), section(aggregation)
+    def make(
+        tied: bool, aggregation: Aggregation, width: int = WIDTH, prompts: int = 4, **knobs: Any
+    ) -> Step:
+        model, config = small(tied), section(aggregation, **knobs)
         groups = random_groups(model, group=4, width=width, seed=2, layouts=LAYOUTS[:prompts])
         loss = torch_grpo.grpo_loss(model.original, groups, objective(config, width))
         gradients = torch_grpo.gradients(model.original, loss.value)
@@ -108,7 +112,10 @@ def our_gradients(
     length: int | None = None,
 ) -> Result:
     def compute(params: Params, frozen: Params, batch: UpdateBatch) -> Result:
-        return grpo_gradients(policy, params, frozen, batch, config, accumulate, length)
+        gradients, metrics, _ = grpo_gradients(
+            policy, params, frozen, batch, config, accumulate, length
+        )
+        return gradients, metrics
 
     return fast_jit(compute)(params, frozen, batch)
 
@@ -163,6 +170,51 @@ def test_gradients_equal_torch_autograd_in_every_aggregation(
     light = step(tied, aggregation, width=5, prompts=2)
     result = our_gradients(light.small.policy, light.small.params, {}, light.batch, light.config)
     assert_equals_torch(light, result)
+
+
+KNOBS = {"dual_clip": 1.05, "importance_cap": 1.2, "mask_truncated": True}
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
+def test_gradients_equal_torch_autograd_with_every_knob(
+    step: Callable[..., Step], aggregation: Aggregation
+) -> None:
+    light = step(True, aggregation, width=5, prompts=2, **KNOBS)
+    assert min(light.loss.clipped_twice, light.loss.capped) > 0
+    assert 0 < sum(int(group.finished.sum()) for group in light.groups) < 8
+    result = our_gradients(light.small.policy, light.small.params, {}, light.batch, light.config)
+    assert_equals_torch(light, result)
+    np.testing.assert_allclose(result[1]["dual_clip"], light.loss.clipped_twice, rtol=1e-5)
+    np.testing.assert_allclose(result[1]["importance_capped"], light.loss.capped, rtol=1e-5)
+
+
+def test_where_all_completions_are_cut_off_nothing_is_learnt(little: Step) -> None:
+    none = little.batch._replace(finished=np.zeros_like(little.batch.finished))
+    config = dataclasses.replace(little.config, mask_truncated=True)
+    gradients, metrics = our_gradients(little.small.policy, little.small.params, {}, none, config)
+    assert all(not np.any(np.asarray(g)) for g in jax.tree.leaves(gradients))
+    assert float(metrics["loss"]) == 0.0
+
+
+def test_log_probabilities_come_out_by_row_from_micro_batches_too(
+    little: Step, heavy: Step
+) -> None:
+    """Those of the first update are the old ones of those that follow: their ratio is 1."""
+    small, batch, config = heavy.small, heavy.batch, heavy.config
+
+    def logp(accumulate: int) -> Any:
+        def compute(params: Params) -> Any:
+            return grpo_gradients(small.policy, params, {}, batch, config, accumulate)[2]
+
+        return fast_jit(compute)(small.params)
+
+    whole, parts = logp(1), logp(2)
+    mask = np.arange(WIDTH) < batch.lengths[..., None]
+    np.testing.assert_allclose(np.where(mask, parts, 0), np.where(mask, whole, 0), atol=1e-5)
+    again = our_gradients(small.policy, small.params, {}, batch._replace(old_logp=whole), config)
+    first = our_gradients(small.policy, small.params, {}, batch._replace(old_logp=None), config)
+    assert float(again[1]["ratio"]) == pytest.approx(1.0, abs=1e-5)
+    assert max(tree_differences(again[0], first[0]).values()) < 1e-4
 
 
 def test_every_weight_of_the_table_gets_a_gradient(heavy: Step, heavy_result: Result) -> None:
@@ -284,15 +336,24 @@ def test_chunks_of_logits_and_recomputation_change_nothing(
     assert_same(result, heavy_result, 3e-5)
 
 
-@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+@pytest.mark.parametrize(
+    ("kernel", "remat"),
+    [
+        ("splash", "none"),
+        ("splash", "products"),
+        ("splash", "layer"),
+        ("cudnn", "products"),
+        ("cudnn", "layer"),
+    ],
+)
 def test_kernels_of_attention_change_nothing(
-    heavy: Step, heavy_result: Result, kernel: Kernel
+    heavy: Step, heavy_result: Result, kernel: Kernel, remat: Remat
 ) -> None:
     """What TPUs and GPUs run, emulated: all gradients of the whole model, vision tower included.
 
     Softmax by blocks and scaled queries round elsewhere: 1.3e-5 was seen.
     """
-    policy = heavy.small.policy._replace(backend=Backend(kernel, emulated=True), remat="layer")
+    policy = heavy.small.policy._replace(backend=Backend(kernel, emulated=True), remat=remat)
     result = our_gradients(policy, heavy.small.params, {}, heavy.batch, heavy.config)
     assert_same(result, heavy_result, 3e-5)
 
@@ -426,6 +487,18 @@ def test_the_schedule_warms_up_and_decays_to_nothing(
         assert float(schedule(step)) == pytest.approx(expected, rel=1e-5), step
     if decay != "constant":
         assert float(schedule(steps)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_all_updates_of_a_step_have_its_learning_rate() -> None:
+    """By the way a weight goes: Adam's, under a constant gradient, is the rate."""
+    steps, updates = 5, 3
+    config = OptimSection(learning_rate=2.0, warmup_steps=2, decay="linear", weight_decay=0.0)
+    optimizer, rate = make_optimizer(config, steps, updates), learning_rate_schedule(config, steps)
+    weight = {"w": jnp.zeros(1)}
+    state = optimizer.init(weight)
+    for count in range(steps * updates):
+        moved, state = optimizer.update({"w": jnp.ones(1)}, state, weight)
+        assert float(moved["w"][0]) == pytest.approx(-float(rate(count // updates)), rel=1e-4)
 
 
 # ---- non-finite steps ----

@@ -30,6 +30,8 @@ class Group(NamedTuple):
     rewards: np.ndarray  # float32[G]
     old_logp: list[np.ndarray]  # G of float32[c]
     ref_logp: list[np.ndarray]  # G of float32[c]
+    sampler_logp: list[np.ndarray]  # G of float32[c]
+    finished: np.ndarray  # bool[G]: not truncated
 
 
 class Objective(NamedTuple):
@@ -43,6 +45,9 @@ class Objective(NamedTuple):
     temperature: float
     usable: np.ndarray  # bool[V]
     width: int  # C
+    dual_clip: float  # 0: off
+    importance_cap: float  # 0: off
+    mask_truncated: bool
 
 
 def distribution(
@@ -88,6 +93,8 @@ class Loss(NamedTuple):
     entropy: float  # mean over tokens
     clipped_low: float  # share of the tokens whose gradient the lower clip stops
     clipped_high: float
+    clipped_twice: float  # share of the tokens whose gradient the dual clip stops
+    capped: float  # share of the tokens whose importance is cut
 
 
 def grpo_loss(
@@ -98,9 +105,13 @@ def grpo_loss(
     per_completion: list[torch.Tensor] = []  # the token losses of each completion
     kls: list[float] = []
     entropies: list[float] = []
-    clipped_low = clipped_high = 0
+    clipped_low = clipped_high = clipped_twice = capped = 0
+    completions = 0
     for group in groups:
         for g, advantage in enumerate(advantages(group.rewards)):
+            completions += 1
+            if objective.mask_truncated and not group.finished[g]:
+                continue
             logp, entropy = log_probs_and_entropies(
                 model, group, group.completions[g], objective.temperature, objective.usable
             )
@@ -110,6 +121,13 @@ def grpo_loss(
                 surrogate = torch.minimum(
                     ratio * advantage, torch.clamp(ratio, low, high) * advantage
                 )
+                if objective.dual_clip and advantage < 0:
+                    surrogate = torch.maximum(surrogate, objective.dual_clip * advantage)
+                    clipped_twice += int(ratio > objective.dual_clip)
+                if objective.importance_cap:
+                    gap = float(group.old_logp[g][t]) - float(group.sampler_logp[g][t])
+                    surrogate = surrogate * min(np.exp(gap), objective.importance_cap)
+                    capped += int(np.exp(gap) > objective.importance_cap)
                 difference = float(group.ref_logp[g][t]) - logp[t]
                 kl = torch.exp(difference) - difference - 1
                 losses.append(-surrogate + objective.kl * kl - objective.entropy * entropy[t])
@@ -122,9 +140,7 @@ def grpo_loss(
     value = {
         "sequence": lambda: torch.stack([x.mean() for x in per_completion]).mean(),
         "token": lambda: torch.cat(per_completion).mean(),
-        "constant": lambda: (
-            torch.cat(per_completion).sum() / (len(per_completion) * objective.width)
-        ),
+        "constant": lambda: torch.cat(per_completion).sum() / (completions * objective.width),
     }[objective.aggregation]()
     return Loss(
         value,
@@ -132,6 +148,8 @@ def grpo_loss(
         float(np.mean(entropies)),
         clipped_low / tokens,
         clipped_high / tokens,
+        clipped_twice / tokens,
+        capped / tokens,
     )
 
 
