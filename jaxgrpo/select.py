@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ SELECTED = "selected.jsonl"
 PICTURE = "difficulty.png"
 _BEGUN = "select.json"  # what the samples depend on besides the config
 _DONE = "done"  # the split of the last line of metrics.jsonl
+_PUSH_EVERY = 600.0  # seconds, to a run_dir in a bucket, where files are copied whole
 
 
 def main(config: Config) -> None:
@@ -157,6 +159,7 @@ def sample(config: Config, mirror: Mirror, done: int) -> None:
     progress = Progress("select", plan.steps, done)
     log = MetricsLog(mirror.folder, done or None, tensorboard=False)
     spent: collections.Counter[str] = collections.Counter()
+    pushed = time.monotonic()
     with loader, log:
         for batch in loader:
             laps = Laps()
@@ -207,6 +210,9 @@ def sample(config: Config, mirror: Mirror, done: int) -> None:
             log.write(batch.step + 1, "select", laps.seconds())
             spent.update(laps.seconds())
             progress.update({"reward/total": float(scores.total.mean())})
+            if jax.process_index() == 0 and time.monotonic() - pushed > _PUSH_EVERY:
+                mirror.push()
+                pushed = time.monotonic()
         log.write(plan.steps, _DONE, {})
     progress.close()
     if jax.process_index() == 0:
