@@ -47,7 +47,7 @@ def count(
     """What a program of training holds at once, by name.
 
     Args:
-      program: "publish", "rollout", "reference" or "update".
+      program: "publish", "rollout", "reference", "update" or "update_again".
       backend: what computes attention there.
       held: GiB of "weights", "optimiser", "frozen weights", "reference" and "sampler's copy".
     """

@@ -32,7 +32,7 @@ from jaxgrpo.dataset import bucket_offer
 from jaxgrpo.inputs import pixel_limits
 from jaxgrpo.load import choose_backend, config_directory, make_policy
 from jaxgrpo.policy import Vocabulary
-from jaxgrpo.programs import lower_train, lower_weights
+from jaxgrpo.programs import WeightPrograms, lower_train, lower_weights
 from jaxgrpo.sharding import DATA, FSDP, check_divides, make_mesh
 from jaxgrpo.topology import GIB, Topology, find
 from models.attention_backend import XLA, Backend
@@ -119,24 +119,8 @@ def make_plan(config: Config, topology: Topology, progress: Callable[[str], None
     }
     check_divides(mesh, model, sizes, replicate_kv=config.mesh.replicate_kv)
     bucket = assumed_bucket(config.data, model)
-
-    # ---- the programs of training, as `train.main` makes them ----
     backend = choose_backend(config.model, "tpu" if topology.is_tpu else "gpu")
-    policy = make_policy(
-        config.model,
-        model,
-        _vocabulary(model),
-        backend if topology.is_tpu else XLA,  # cuDNN's kernel cannot be lowered without a GPU
-        temperature=config.rollout.temperature,
-    )
-    weights = lower_weights(
-        config, mesh, policy, config.train.steps, reference=bool(config.grpo.kl)
-    )
-    platform = None if topology.is_tpu else "cuda"
-    lowered = lower_train(config, mesh, policy, bucket, weights, platform)
-    learn = lowered.learn[config.rollout.max_new_tokens]  # the longest needs the most
-    programs = {"publish": weights.to_sampler, "rollout": lowered.rollout, **learn._asdict()}
-    programs = {name: program for name, program in programs.items() if program is not None}
+    weights, programs = lower_programs(config, mesh, model, bucket, topology)
 
     # ---- what each needs ----
     trees = {
@@ -199,6 +183,25 @@ _GPU_NOTE = (
 
 
 # ---- what is assumed ----
+
+
+def lower_programs(
+    config: Config, mesh: Mesh, model: ModelConfig, bucket: Size, topology: Topology
+) -> tuple[WeightPrograms, dict[str, Lowered]]:
+    """The programs of a bucket as `train.main` makes them, by name, in the order of a step."""
+    backend = choose_backend(config.model, "tpu") if topology.is_tpu else XLA
+    # cuDNN's kernel cannot be lowered without a GPU.
+    policy = make_policy(
+        config.model, model, _vocabulary(model), backend, temperature=config.rollout.temperature
+    )
+    weights = lower_weights(
+        config, mesh, policy, config.train.steps, reference=bool(config.grpo.kl)
+    )
+    platform = None if topology.is_tpu else "cuda"
+    lowered = lower_train(config, mesh, policy, bucket, weights, platform)
+    learn = lowered.learn[config.rollout.max_new_tokens]  # the longest needs the most
+    programs = {"publish": weights.to_sampler, "rollout": lowered.rollout, **learn._asdict()}
+    return weights, {name: program for name, program in programs.items() if program is not None}
 
 
 def assumed_bucket(data: DataSection, model: ModelConfig) -> Size:
@@ -310,6 +313,7 @@ def _formulas(
         "rollout": flops.rollout_flops(model, sampled),
         "reference": flops.reference_flops(model, step),
         "update": flops.update_flops(model, step),
+        "update_again": flops.update_flops(model, step),
     }
 
 
@@ -328,6 +332,7 @@ def _phases(peaks: dict[str, float | None], held: dict[str, float]) -> dict[str,
         "rollout": held["weights"] + held["optimiser"] + held["frozen weights"] + held["reference"],
         "reference": held["weights"] + held["optimiser"] + held["sampler's copy"],
         "update": held["reference"],  # the sampler's copy has gone
+        "update_again": held["reference"],
     }
     return {name: peak + others[name] for name, peak in peaks.items() if peak is not None}
 

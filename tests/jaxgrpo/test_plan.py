@@ -224,6 +224,13 @@ def test_a_program_that_does_not_fit_says_what_it_asked_for(model_path: str) -> 
 # ---- GPUs: counted ----
 
 
+def test_further_updates_from_a_rollout_are_planned_too(model_path: str) -> None:
+    plan = make_plan(config_of(model_path, grpo={"updates": 2}), find("h100:4"), lambda text: None)
+    names = [p.name for p in plan.programs]
+    assert names == ["publish", "rollout", "reference", "update", "update_again"]
+    assert plan.programs[3].peak_gib == plan.programs[4].peak_gib
+
+
 def test_gpus_are_planned_without_a_compiler(model_path: str) -> None:
     config = config_of(model_path, mesh={"fsdp": 8}, rollout={"prompts": 8}, eval={"batch": 8})
     plan = make_plan(config, find("h100:8"), lambda text: None)

@@ -122,6 +122,7 @@ def assert_drawn_from(counts: np.ndarray, p: np.ndarray) -> None:
 
 
 LOGITS = np.array([0.3, -1.0, 2.0, 1.1, -0.5, NEVER, 0.0, 1.4])
+NO_ONE = np.zeros(0, bool)  # what the oracle need not know of a group
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -240,7 +241,7 @@ def test_sampler_logp_equals_a_full_forward_of_the_same_distribution(
     """Of the original, on each completion by itself, with temperature and masked ids."""
     worst = 0.0
     for p, layout in enumerate(LAYOUTS[:3]):
-        group = Group(prompts[p], *grids(layout), [], np.zeros(GROUP), [], [])
+        group = Group(prompts[p], *grids(layout), [], np.zeros(GROUP), [], [], [], NO_ONE)
         for g in range(GROUP):
             n = rollout.lengths[p, g]
             with torch.no_grad():
@@ -284,7 +285,7 @@ def test_tokens_of_a_rollout_follow_the_originals_distribution(
     first, second = rollout.tokens[0].T
     goes_on = first[~np.isin(first, STOPS)]
     commonest = int(np.bincount(goes_on).argmax())
-    group = Group(prompts[0], *grids(LAYOUTS[0]), [], np.zeros(0), [], [])
+    group = Group(prompts[0], *grids(LAYOUTS[0]), [], np.zeros(0), [], [], [], NO_ONE)
     with torch.no_grad():
         log_p = torch_grpo.distribution(
             small.original, group, np.array([commonest, STOPS[0]]), TEMPERATURE, USABLE
@@ -308,7 +309,7 @@ def test_greedy_rollouts_take_the_originals_likeliest_usable_token(
     for p, layout in enumerate(LAYOUTS[:3]):
         n = rollout.lengths[p, 0]
         tokens = rollout.tokens[p, 0, :n]
-        group = Group(prompts[p], *grids(layout), [], np.zeros(1), [], [])
+        group = Group(prompts[p], *grids(layout), [], np.zeros(1), [], [], [], NO_ONE)
         with torch.no_grad():
             log_p = torch_grpo.distribution(small.original, group, tokens, 1.0, USABLE)
         np.testing.assert_array_equal(log_p.argmax(-1), tokens)
