@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from data.staging import Stage
 from data.video import Frames, FrameSampling, decode, frame_count
 from jaxgrpo.config import Config, DataSection
 from jaxgrpo.dataset import Dataset, bucket_sizes, make_dataset
+from jaxgrpo.keep import kept_records
 from jaxgrpo.mixture import manifests, open_manifests, shares
 from models.qwen2_5_vl.processor import Processor, Prompt, Video, collate
 from models.qwen2_5_vl.sizes import PixelLimits, ProcessorError, Size
@@ -119,7 +119,7 @@ def prepare(
     Raises:
       InputError: a manifest is not configured, none of its videos can be read, a question cannot
         be asked, prompts do not fit the largest bucket, or the hosts see different data.
-      ManifestError, MixtureError, SyntheticError, StorageError: see there.
+      ManifestError, MixtureError, KeepError, SyntheticError, StorageError: see there.
     """
     measured, bad = measure(
         config, processor, train=train, evaluation=evaluation, excluded=excluded
@@ -152,7 +152,7 @@ def measure(
     clips = {key: source.clips for key, (source, _) in opened.items()}
     records = {key: source.records for key, (source, _) in opened.items()}
     if data.keep and train:
-        records["data.train"] = _kept(records["data.train"], data.keep)
+        records["data.train"] = kept_records(records["data.train"], data.keep)
     if config.eval.limit and evaluation:
         records["data.eval"] = records["data.eval"][: config.eval.limit]
 
@@ -359,38 +359,6 @@ class TargetCollator:
             completions,
             np.array([[target.length] for target in targets], np.int32),
         )
-
-
-def _kept(records: Sequence[Record], keep: str) -> list[Record]:
-    """The records whose ids are in a JSONL file.
-
-    Raises:
-      InputError: it has an id that no record has, or lines without one.
-    """
-    path = Path(keep)
-    if not path.is_file():
-        raise InputError(f"data.keep: {keep} does not exist: expected what `jaxgrpo select` wrote")
-    names = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = _json(line)
-        if not isinstance(row, dict) or not isinstance(row.get("id"), str):
-            raise InputError(f'{keep}:{number}: expected a line like {{"id": "..."}}')
-        names.add(row["id"])
-    unknown = sorted(names - {record.id for record in records})
-    if unknown:
-        shown = ", ".join(unknown[:_SHOWN])
-        raise InputError(
-            f"data.keep: {len(unknown)} of the {len(names)} ids of {keep} are not in data.train "
-            f"({shown}): it was selected from other data"
-        )
-    return [record for record in records if record.id in names]
-
-
-def _json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def _measure(
