@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 DISCRETE: Final = ("choice", "number")  # components that are 0 or 1
 CONTINUOUS: Final = ("iou", "regression", "ocr", "text")
+TEMPORAL: Final = "temporal"  # a component in the place of "iou", where the reward has it
 
 # What becomes of an item, in the order of the rules.
 KEPT: Final = "kept"
@@ -97,6 +98,8 @@ def _alone(item: Sampled, rules: Rules) -> str:
                 return KEPT
             verdict = "always wrong" if right <= low else "always right"
     for name in CONTINUOUS:
+        if name == "iou" and TEMPORAL in item.stds:
+            name = TEMPORAL
         if name in item.stds:
             if item.stds[name] >= rules.spread and item.stds[name] > 0:
                 return KEPT

@@ -42,6 +42,13 @@ def test_of_scored_answers_those_that_spread_are_kept() -> None:
     }
 
 
+def test_where_the_reward_has_another_temporal_score_that_one_must_spread() -> None:
+    """Spans beside the true one have an IoU of 0 throughout, and differ in the generalised IoU."""
+    item = Sampled("a", "tvg", 0.1, {"iou": 0.0, "temporal": 0.2}, {"iou": 0.0, "temporal": 0.1})
+    assert verdicts([item], ALL) == {"a": KEPT}
+    assert verdicts([item], ALL._replace(spread=0.2)) == {"a": "too alike"}
+
+
 @pytest.mark.parametrize(
     ("right", "std", "verdict"),
     [(0.0, 0.2, KEPT), (0.5, 0.0, KEPT), (1.0, 0.0, "too alike"), (0.0, 0.0, "too alike")],
