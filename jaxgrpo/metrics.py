@@ -18,7 +18,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -202,7 +202,24 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
       MetricsError: another line is not a JSON object with a step.
     """
-    return [line for line, _ in _lines(Path(path))]
+    return [line for line, _ in each_line(path)]
+
+
+def each_line(path: str | Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The lines of such a file one by one, parsed and as they stand; see `read_metrics`."""
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.endswith(b"\n"):  # torn
+                return
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                raise MetricsError(
+                    f"{path}:{number} is not valid JSON ({error}): remove that line"
+                ) from error
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise MetricsError(f"{path}:{number} has no step: remove that line")
+            yield line, text
 
 
 # The metrics that the progress bar shows when a step has them, and its words for them.
@@ -358,30 +375,14 @@ def _cut(path: Path, resume_step: int | None, owes_evaluation: bool) -> None:
     """Drops a torn last line and the lines that a resumed run will write, atomically."""
     if not path.exists():
         return
-    lines = [] if resume_step is None else _lines(path)
     again = resume_step if owes_evaluation else None
-    kept = [
-        text
-        for line, text in lines
-        if line["step"] <= resume_step and (line["step"], line.get("split")) != (again, "eval")
-    ]
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
+    with open(temporary, "wb") as kept:
+        if resume_step is not None:
+            kept.writelines(
+                text
+                for line, text in each_line(path)
+                if line["step"] <= resume_step
+                and (line["step"], line.get("split")) != (again, "eval")
+            )
     os.replace(temporary, path)
-
-
-def _lines(path: Path) -> list[tuple[dict[str, Any], bytes]]:
-    """The whole lines of a file, parsed and as they stand."""
-    whole = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
-    lines = []
-    for number, text in enumerate(whole, start=1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise MetricsError(
-                f"{path}:{number} is not valid JSON ({error}): remove that line"
-            ) from error
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise MetricsError(f"{path}:{number} has no step: remove that line")
-        lines.append((line, text + b"\n"))
-    return lines

@@ -15,8 +15,10 @@ one; the others are made of them, again and again under other rules, without a m
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from jaxgrpo.metrics import (
     Laps,
     MetricsLog,
     Progress,
+    each_line,
     read_metrics,
 )
 from jaxgrpo.mirror import Mirror
@@ -64,6 +67,7 @@ from rewards.parse import LETTERS, parse
 SELECTED = "selected.jsonl"
 PICTURE = "difficulty.png"
 _BEGUN = "select.json"  # what the samples depend on besides the config
+_OF_LEARNING = ("grpo", "optim", "train", "sft")  # sections that no sample depends on
 _DONE = "done"  # the split of the last line of metrics.jsonl
 _PUSH_EVERY = 600.0  # seconds, to a run_dir in a bucket, where files are copied whole
 
@@ -161,8 +165,9 @@ def sample(config: Config, mirror: Mirror, done: int) -> None:
     spent: collections.Counter[str] = collections.Counter()
     pushed = time.monotonic()
     with loader, log:
+        laps = Laps()
         for batch in loader:
-            laps = Laps()
+            laps.lap("data_wait")
             completions, _ = programs[batch.bucket](
                 sampler, put_prompts(mesh, batch.prompts), seed, put_scalar(mesh, batch.step)
             )
@@ -213,13 +218,18 @@ def sample(config: Config, mirror: Mirror, done: int) -> None:
             if jax.process_index() == 0 and time.monotonic() - pushed > _PUSH_EVERY:
                 mirror.push()
                 pushed = time.monotonic()
+            laps = Laps()
         log.write(plan.steps, _DONE, {})
     progress.close()
     if jax.process_index() == 0:
         mirror.push()
     if spent["time/step"]:
         share = spent["time/rollout"] / spent["time/step"]
-        say(f"sampled in {spent['time/step']:.0f} s, {share:.0%} of it generation")
+        waited = spent["time/data_wait"] / spent["time/step"]
+        say(
+            f"sampled in {spent['time/step']:.0f} s, {share:.0%} of it generation, {waited:.0%} "
+            "waiting for videos"
+        )
 
 
 def answer_of(text: str, config: Config, record: Record) -> dict[str, Any]:
@@ -261,13 +271,31 @@ def choose(config: Config, folder: Path) -> None:
     found = verdicts(items, rules) | {g["id"]: "failed" for g in groups if "failed" in g}
     kept = {name for name, verdict in found.items() if verdict == KEPT}
     rows = []
-    for line in read_metrics(folder / COMPLETIONS):
+    for line, _ in each_line(folder / COMPLETIONS):
         if line["sample"] == 0 and line["id"] in kept:
             rows.append({"id": line["id"], "question": line["question"], **line["record"]})
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(folder / SELECTED, text)
     plot_difficulty(items, found, folder / PICTURE)
     say(table([(group["task"], found[group["id"]]) for group in groups]))
+    if bad := bad_videos(groups, json.loads((folder / _BEGUN).read_text())["excluded"]):
+        say(bad)
+    if not rows:
+        say("warning: no item is kept: choose rules that keep some before you train")
+
+
+def bad_videos(groups: Sequence[Mapping[str, Any]], excluded: Mapping[str, str]) -> str:
+    """The items whose videos could not be used, by name and with the reason; "" where all could.
+
+    Args:
+      groups: lines of groups.jsonl.
+      excluded: what was left out before sampling, see `inputs.Inputs`.
+    """
+    lines = [*excluded.values(), *(f"{g['id']}: {g['failed']}" for g in groups if "failed" in g)]
+    if not lines:
+        return ""
+    title = f"{len(lines)} items are not kept, their videos cannot be used:"
+    return "\n".join([title, *(f"  {line}" for line in lines)])
 
 
 def sampled(group: dict[str, Any]) -> Sampled:
@@ -318,7 +346,8 @@ def _check_begun(folder: Path, config: Config) -> None:
                 f"{config.run_dir} holds a run of {first.removeprefix('# ')!r}: choose another "
                 "run_dir for select"
             )
-        configs.check_resume(configs.load(path), config)
+        learning = {name: config.__dict__[name] for name in _OF_LEARNING}
+        configs.check_resume(dataclasses.replace(configs.load(path), **learning), config)
     if jax.process_index() == 0:
         write_atomically(path, f"{title}\n{configs.to_yaml(config)}")
 
