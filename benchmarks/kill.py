@@ -5,8 +5,8 @@
 A tiny GRPO run on the CPU is started by one and the same command and gets SIGKILL, SIGTERM, or
 SIGTERM and, a moment later, SIGKILL (a grace period that was too short), at moments drawn with the
 seed. When it is done before so many kills, another one begins. At the end of each, weights and
-optimiser must be those of an undisturbed run bit for bit, and metrics and completions the same too,
-but for what a clock measured.
+optimiser must be those of an undisturbed run bit for bit, and metrics, completions and groups the same
+too, but for what a clock measured.
 
 Exit code 0: they do; 1: they do not.
 """
@@ -34,7 +34,10 @@ from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import PREEMPTED, Workplace
 
 STEPS = 60
-SETTINGS = (f"train.steps={STEPS}", "eval.every=8", "eval.limit=4", "checkpoint.every=2")
+SETTINGS = (
+    *(f"train.steps={STEPS}", "eval.every=8", "eval.limit=4", "checkpoint.every=2"),
+    *("rollout.refills=1", "data.online.round=6"),  # a sampler with a memory
+)
 BUSY_SECONDS = 2.5  # a kill during training comes at most so long after the first new line
 GRACE_SECONDS = 0.3  # between SIGTERM and SIGKILL, at most
 
@@ -140,9 +143,9 @@ def differences(run_dir: Path, reference: Path) -> list[str]:
     metrics = [tiny_run.without_times(tiny_run.lines(folder)) for folder in (run_dir, reference)]
     if metrics[0] != metrics[1]:
         different.append("metrics.jsonl")
-    name = "completions.jsonl"
-    if (run_dir / name).read_bytes() != (reference / name).read_bytes():
-        different.append(name)
+    for name in ("completions.jsonl", "groups.jsonl"):
+        if (run_dir / name).read_bytes() != (reference / name).read_bytes():
+            different.append(name)
     return different
 
 

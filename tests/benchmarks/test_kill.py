@@ -44,8 +44,9 @@ def test_a_difference_is_named(reference: Path, tmp_path: Path) -> None:
     assert kill.differences(other, reference) == []  # a clock's
     changed[-1] = json.dumps(last | {"format": 2.0})
     (other / "metrics.jsonl").write_text("\n".join(changed) + "\n")
-    (other / "completions.jsonl").write_text("")
+    for name in ("completions.jsonl", "groups.jsonl"):
+        (other / name).write_text("")
     shutil.rmtree(other / "checkpoints" / str(tiny_run.STEPS))
     different = kill.differences(other, reference)
-    assert different[-2:] == ["metrics.jsonl", "completions.jsonl"]
+    assert different[-3:] == ["metrics.jsonl", "completions.jsonl", "groups.jsonl"]
     assert any("params" in name for name in different)
