@@ -5,8 +5,8 @@
 A tiny GRPO run on the CPU is started by one and the same command and gets SIGKILL, SIGTERM, or
 SIGTERM and, a moment later, SIGKILL (a grace period that was too short), at moments drawn with the
 seed. When it is done before so many kills, another one begins. At the end of each, weights and
-optimiser must be those of an undisturbed run bit for bit, and metrics, completions and groups the same
-too, but for what a clock measured.
+optimiser must be those of an undisturbed run bit for bit, and metrics, completions and groups the
+same too, but for what a clock measured.
 
 Exit code 0: they do; 1: they do not.
 """

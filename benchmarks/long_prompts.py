@@ -1,17 +1,18 @@
 """What a step on a very long video holds in memory: nothing as large as a prompt squared.
 
-    python -m benchmarks.long_prompts [--tokens 16000] [--layers 2] [--topology v5e:2x4]
+    python -m benchmarks.long_prompts [--tokens 16384] [--layers 1] [--xla] [--topology v5e:2x4]
 
 Compiles the rollout, the reference pass and the update for a TPU slice that need not be there, with
-the 3B model's widths, and lists the arrays of the compiled programs that have two axes at least as
-long as the prompt: scores or masks of a prompt over itself would be such. Exits with 1 if there is
-one. Needs the `tpu` extra.
+the 3B model's widths, and lists the arrays of the compiled programs that are as large as a prompt
+squared: scores or masks of a prompt over itself would be such. `--xla` shows that it would find
+them: attention by XLA, all queries at once. Exits with 1 if there is one. Needs the `tpu` extra.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 import sys
 import time
@@ -27,19 +28,25 @@ MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
 def quadratic(text: str, tokens: int) -> set[str]:
-    """The shapes in a program's text that have two axes of at least `tokens`.
+    """The shapes in a program's text as large as scores of a prompt over itself.
 
-    Example: of f32[2,600,700] and bf16[2,600,64], at 600, the first.
+    Two of the axes are at least `tokens`, or all together hold as many numbers. Example: of
+    f32[2,600,700], bf16[2,600,64] and u8[360000], at 600, the first and the last.
     """
-    shapes = set(re.findall(r"\b(?:pred|[suf]\d+|bf16)\[[\d,]+\]", text))
-    return {x for x in shapes if sum(int(n) >= tokens for n in re.findall(r"\d+", x[4:])) > 1}
+    found = set()
+    for shape in set(re.findall(r"\b[a-z]+[0-9a-z]*\[[\d,]+\]", text)):
+        axes = [int(n) for n in shape.partition("[")[2].rstrip("]").split(",")]
+        if sum(n >= tokens for n in axes) > 1 or math.prod(axes) >= tokens**2:
+            found.add(shape)
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokens", type=int, default=16000, help="of the prompt")
-    parser.add_argument("--layers", type=int, default=2, help="of text and of vision")
+    parser.add_argument("--tokens", type=int, default=16384, help="of the prompt")
+    parser.add_argument("--layers", type=int, default=1, help="of text and of vision")
     parser.add_argument("--topology", default="v5e:2x4")
+    parser.add_argument("--xla", action="store_true", help="without the kernels")
     options = parser.parse_args()
     topology = find(options.topology, 1)
     before_jax_starts(topology)
@@ -56,7 +63,7 @@ def main() -> int:
     )
     config = Config(
         "-",
-        ModelSection(MODEL),
+        ModelSection(MODEL, attention="xla" if options.xla else "auto", attention_chunk=0),
         data,
         rollout=RolloutSection(prompts=4, group=8, max_new_tokens=256),
         mesh=MeshSection(fsdp=4, tensor=2),
@@ -73,7 +80,7 @@ def main() -> int:
         found |= bool(large)
         print(
             f"{name}: {bucket.tokens} prompt tokens, {bucket.patches} patches, peak {peak:.2f} GiB "
-            f"a device, compiled in {time.perf_counter() - begun:.0f} s; as long in two axes: "
+            f"a device, compiled in {time.perf_counter() - begun:.0f} s; as large as its square: "
             f"{', '.join(sorted(large)) or 'none'}",
             flush=True,
         )
