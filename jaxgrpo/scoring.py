@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from data.records import Record
 from jaxgrpo.config import Config
+from jaxgrpo.programs import Scores
 from jaxgrpo.sharding import gather_objects, shares_rows
 from rewards.answers import Answers
 from rewards.options import Custom, LengthBand, Overlong, RewardOptions
@@ -57,6 +60,19 @@ def agreed(reward: Reward, mesh: Mesh, rows: list[int], answers: Answers) -> Ans
     found = gather_objects([rows, answers.custom.tolist()])
     values = next(values for others, values in found if others == rows)
     return answers._replace(custom=np.array(values, np.float32))
+
+
+def group_line(record: Record, scores: Scores, row: int) -> dict[str, Any]:
+    """Mean and deviation of what an item's completions earned, in total and by component."""
+    line: dict[str, Any] = {"id": record.id, "task": record.task}
+    for name, values in {"": scores.total, **scores.components}.items():
+        of_item = values[row].astype(np.float64)
+        if not np.isnan(of_item).any():
+            suffix = f"/{name}" if name else ""
+            equal = of_item.max() == of_item.min()
+            line[f"mean{suffix}"] = float(of_item.mean())
+            line[f"std{suffix}"] = 0.0 if equal else float(of_item.std())
+    return line
 
 
 class ConstantWatch:

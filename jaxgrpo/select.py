@@ -60,7 +60,7 @@ from jaxgrpo.programs import (
 )
 from jaxgrpo.rollout import Sampling
 from jaxgrpo.run_dir import CONFIG
-from jaxgrpo.scoring import agreed, open_reward
+from jaxgrpo.scoring import agreed, group_line, open_reward
 from jaxgrpo.sharding import check_divides, gather_objects, make_mesh, put_prompts, put_scalar, say
 from rewards.parse import LETTERS, parse
 
@@ -243,19 +243,6 @@ def answer_of(text: str, config: Config, record: Record) -> dict[str, Any]:
     if answer.text is not None:
         found["text"] = answer.text
     return found
-
-
-def group_line(record: Record, scores: Any, row: int) -> dict[str, Any]:
-    """Mean and deviation of what an item's completions earned, in total and by component."""
-    line: dict[str, Any] = {"id": record.id, "task": record.task}
-    for name, values in {"": scores.total, **scores.components}.items():
-        of_item = values[row].astype(np.float64)
-        if not np.isnan(of_item).any():
-            suffix = f"/{name}" if name else ""
-            equal = of_item.max() == of_item.min()
-            line[f"mean{suffix}"] = float(of_item.mean())
-            line[f"std{suffix}"] = 0.0 if equal else float(of_item.std())
-    return line
 
 
 # ---- rules ----

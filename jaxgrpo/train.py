@@ -38,7 +38,7 @@ from jaxgrpo.programs import (
 )
 from jaxgrpo.refill import Drawn, Groups, lower_refill, places, refilled, together
 from jaxgrpo.run_dir import RunDir
-from jaxgrpo.scoring import ConstantWatch, agreed, open_reward
+from jaxgrpo.scoring import ConstantWatch, agreed, group_line, open_reward
 from jaxgrpo.sharding import (
     check_divides,
     make_mesh,
@@ -213,9 +213,11 @@ def main(config: Config) -> None:
                     reward.check(earned.components)
                     new = Drawn(records, tokens, lengths, finished, earned)
                     drawn.append(new)
-                    run.write_groups(done, group_lines(batch.step, new))
+                    lines = [group_line(record, earned, p) for p, record in enumerate(records)]
+                    run.write_groups(done, [{"batch": batch.step} | line for line in lines])
                     if online is not None:
-                        online.observe(batch.step, noted.items, deviations(earned), noted.failed)
+                        spread = [line["std"] for line in lines]
+                        online.observe(batch.step, noted.items, spread, noted.failed)
                     for line in [*noted.lines, *watch.update(earned.components)]:
                         progress.print(line)
 
@@ -288,8 +290,8 @@ def main(config: Config) -> None:
                     metrics["groups/teaching"] = 1 - float(kept.scores.zero_variance.mean())
                 if done % config.log.every == 0 or last:
                     run.write(done, "train", metrics)
-                    lines = samples(kept, processor.decode, config.log.samples)
-                    run.write_completions(done, "train", lines)
+                    shown = samples(kept, processor.decode, config.log.samples)
+                    run.write_completions(done, "train", shown)
                 progress.update(metrics)
                 in_a_row = int(updated["skipped_in_a_row"])
                 stop_if_not_finite(in_a_row, done - 1, kept.records, config)
@@ -353,34 +355,6 @@ def step_metrics(
             metrics[f"reward/{name}_std"] = float(defined.std(axis=-1).mean())
             metrics[f"groups/zero_variance_{name}"] = float(equal.mean())
     return metrics | {name: float(value) for name, value in updated.items()}
-
-
-def deviations(scores: Scores) -> list[float]:
-    """The standard deviation of each group's rewards, exactly 0 where all are equal."""
-    values: list[float] = np.where(scores.zero_variance, 0.0, scores.total.std(axis=-1)).tolist()
-    return values
-
-
-def group_lines(batch: int, drawn: Drawn) -> list[dict[str, Any]]:
-    """What the groups of a batch earned, a line each: the history of their items."""
-    scores = drawn.scores
-    return [
-        {
-            "batch": batch,
-            "id": record.id,
-            "task": record.task,
-            "mean": float(scores.total[row].mean()),
-            "std": deviation,
-            **{
-                f"mean/{name}": float(values[row].mean())
-                for name, values in scores.components.items()
-                if not np.isnan(values[row]).any()
-            },
-        }
-        for row, (record, deviation) in enumerate(
-            zip(drawn.records, deviations(scores), strict=True)
-        )
-    ]
 
 
 def samples(drawn: Drawn, decode: Callable[[np.ndarray], str], count: int) -> list[dict[str, Any]]:

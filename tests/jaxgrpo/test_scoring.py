@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data.records import Record
 from jaxgrpo import config, scoring
 from jaxgrpo.config import MeshSection
+from jaxgrpo.programs import Scores
 from jaxgrpo.scoring import ConstantWatch, agreed, open_reward
 from jaxgrpo.sharding import make_mesh
 from rewards.answers import read_answers
@@ -75,6 +77,34 @@ def test_processes_with_the_same_rows_take_the_first_ones_values(
     np.testing.assert_array_equal(found, np.float32([[0.125, 0.75]]))
     plain = Reward(RewardWeights(), thinking=False)
     assert agreed(plain, mesh, [1], answers) is answers
+
+
+# ---- the history of items ----
+
+
+def test_a_group_is_told_by_mean_and_deviation_exactly_0_where_all_is_equal() -> None:
+    """In float32 the mean of equal numbers need not be that number."""
+    record = Record("a", "a.mp4", "tvg", "When?", (), None, ((0.0, 1.0),), 2.0)
+    third = np.float32(1) / 3
+    scores: Any = Scores(
+        total=np.float32([[0, 1, 1], [third] * 3]),
+        components={
+            "iou": np.float32([[0, 0.5, 1], [third] * 3]),
+            "choice": np.full((2, 3), NAN, np.float32),
+        },
+        advantages=np.zeros((2, 3)),
+        zero_variance=np.array([False, True]),
+    )
+    assert scoring.group_line(record, scores, 0) == {
+        "id": "a",
+        "task": "tvg",
+        "mean": pytest.approx(2 / 3),
+        "mean/iou": 0.5,
+        "std": pytest.approx(np.std([0, 1, 1])),
+        "std/iou": pytest.approx(np.std([0, 0.5, 1])),
+    }
+    equal = scoring.group_line(record, scores, 1)
+    assert (equal["std"], equal["std/iou"], equal["mean"]) == (0.0, 0.0, float(third))
 
 
 # ---- components that teach nothing ----
