@@ -36,7 +36,6 @@ TASKS: Final = ("mcqa", "tvg", "gqa", "number", "regression", "ocr", "text")
 CHOICE_TASKS: Final = ("mcqa", "gqa")  # they have options
 SPAN_TASKS: Final = ("tvg", "gqa")  # they have true spans
 NUMBER_TASKS: Final = ("number", "regression")
-WRITTEN_TASKS: Final = ("ocr", "text")
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # The latest time there is, in seconds: no later one can be read from a completion.

@@ -24,13 +24,11 @@ from transformers import PreTrainedTokenizerFast
 
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.positions import (
-    FrameLayout,
     Grid,
     Int32,
     UInt8,
     VisionSpan,
     fill_patches,
-    frame_layout,
     index_tables,
     mrope_positions,
     pack_frames,
@@ -295,10 +293,6 @@ class Processor:
         if isinstance(item, Image):
             return 0.0
         return item.seconds_per_frame * self.config.vision.temporal_patch_size
-
-    def _layout(self, grid: Grid) -> FrameLayout:
-        vision = self.config.vision
-        return frame_layout(grid.h, grid.w, vision.merge_size, vision.window_side)
 
     def _fill_patches(self, item: Video | Image, grid: Grid, out: UInt8) -> None:
         vision = self.config.vision
