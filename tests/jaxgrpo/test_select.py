@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,7 @@ def test_a_run_killed_at_any_point_ends_as_one_left_alone(place: Workplace, whol
     killed = place.folder / "select_killed"
     metrics = lines(whole / "metrics.jsonl")
     batches = metrics[-1]["step"]
-    for done, torn in ((0, 30), (1, 0), (2, 55), (batches, 0)):
+    for done, torn in ((0, 30), (2, 55), (batches, 0)):
         shutil.rmtree(killed, ignore_errors=True)
         killed.mkdir()
         for name in ("config.yaml", "select.json"):
@@ -118,6 +120,29 @@ def test_a_run_killed_at_any_point_ends_as_one_left_alone(place: Workplace, whol
         tiny_run.run(place, "select", killed, *overrides(place))
         for name in FILES:
             assert (killed / name).read_bytes() == (whole / name).read_bytes(), (done, name)
+
+
+def test_a_process_killed_again_and_again_ends_as_one_left_alone(
+    place: Workplace, whole: Path
+) -> None:
+    """By SIGKILL, when its first batch or its last is being written down."""
+    killed = place.folder / "select_shot"
+    arguments = [str(place.config), f"run_dir={killed}", tiny_run.remembering(place)]
+    for batches in (1, len(lines(whole / "metrics.jsonl")) - 2):
+        process = tiny_run.start("select", *arguments, *overrides(place))
+        while process.poll() is None and count_of(killed / "metrics.jsonl") < batches:
+            time.sleep(0.002)
+        process.kill()
+        tiny_run.wait(process)
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "selected.jsonl").exists()
+    tiny_run.run(place, "select", killed, *overrides(place))
+    for name in FILES:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def count_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def test_two_processes_select_as_one(place: Workplace, whole: Path) -> None:
