@@ -298,6 +298,23 @@ class ProbedClips:
         }
 
 
+def _check_info(folder: Path, origin: str) -> None:
+    """Raises a `ManifestError` where TFDS cannot tell what is in the shards: none could be read."""
+    import tensorflow_datasets as tfds  # not above: most runs have no packed data
+
+    try:
+        splits = len(tfds.builder_from_directory(str(folder)).info.splits)
+    except Exception as error:  # TFDS passes on what its parsers raise
+        raise ManifestError(
+            f"{origin}: dataset_info.json or features.json cannot be read ({error}): copy the "
+            "folder again"
+        ) from error
+    if splits != 1:
+        raise ManifestError(
+            f"{origin}/dataset_info.json: expected one split, found {splits}: copy the folder again"
+        )
+
+
 @functools.lru_cache(maxsize=8)
 def _data_source(folder: str) -> Any:
     """The clips, by their number. Its readers are shared by all threads of the process."""
@@ -341,7 +358,10 @@ def _open_packed(folder: Path, origin: str, remote: dict[str, Identity], files: 
             finding(packed, record.video)
             findings[record.video] = packed
             if "shard" in packed:
-                places[record.video] = Packed(packed["shard"], packed["clip"], packed["bytes"])
+                place = Packed(packed["shard"], packed["clip"], packed["bytes"])
+                if tuple(map(type, place)) != (str, int, int):
+                    raise TypeError(f"expected a text and two whole numbers, found {place}")
+                places[record.video] = place
         except (KeyError, TypeError) as error:
             raise ManifestError(
                 f"{origin}/{RECORDS}: record {record.id!r} has no valid field {PACKED!r} "
@@ -351,7 +371,9 @@ def _open_packed(folder: Path, origin: str, remote: dict[str, Identity], files: 
         if not (folder / shard).is_file():
             raise ManifestError(f"{origin}: the shard {shard} is missing: copy the folder again")
     clips: Clips = PackedClips(folder, origin, places, findings, remote)
-    if not places:
+    if places:
+        _check_info(folder, origin)
+    else:
         clips = ProbedClips(files, findings)
     return Source([record for record, _ in rows], clips)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from data.records import Record
+from data.records import Record, row_problems
 from data.storage import is_url, join, read
 from jaxgrpo.config import Config
 from jaxgrpo.metrics import COMPLETIONS
@@ -88,6 +88,12 @@ def rescore(stored: Sequence[Stored], reward: Reward) -> Rescored:
         groups[completion.group].append(number)
     by_size: dict[int, list[list[int]]] = collections.defaultdict(list)
     for members in groups.values():
+        if len({stored[number].record for number in members}) > 1:
+            step, row = stored[members[0]].group
+            raise RescoreError(
+                f"the completions of step {step}, row {row} are about several questions: expected "
+                "the file of one run"
+            )
         by_size[len(members)].append(members)
     max_spans = max(max(len(completion.record.spans), 1) for completion in stored)
     score = jax.jit(reward.score)
@@ -224,14 +230,28 @@ def _stored(place: str, number: int, text: bytes) -> Stored:
             for name, value in line.items()
             if name.startswith("reward/")
         }
+        _check(line, record)
         return Stored(line["completion"], line["tokens"], record, group, scores)
     except KeyError as error:
         raise RescoreError(
             f"{place} has no field {error}, which scoring it again needs: it is of an older "
             "version, or was edited"
         ) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RescoreError(f"{place} is not a completion as a run writes it: {error}") from error
+
+
+def _check(line: Mapping[str, Any], record: Record) -> None:
+    """Raises an error for a value that no run writes, a KeyError for one that is missing."""
+    if problems := row_problems(record):
+        raise ValueError("; ".join(problems))
+    for key, kind in {"completion": str, "tokens": int, "step": int, "row": int}.items():
+        if key in line and not isinstance(line[key], kind):
+            raise ValueError(f"{key}: expected {kind.__name__}, found {line[key]!r}")
+    if not 0 <= line["tokens"] <= np.iinfo(np.int32).max:
+        raise ValueError(f"tokens: expected 0 or more, found {line['tokens']}")
+    if not np.isfinite(float(line["reward/total"])):
+        raise ValueError(f"reward/total: expected a number, found {line['reward/total']}")
 
 
 def _groups(completions: Sequence[Stored]) -> list[np.ndarray]:

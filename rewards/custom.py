@@ -62,18 +62,19 @@ class CustomReward:
         self, texts: Sequence[Sequence[str]], records: Sequence[Record], lengths: np.ndarray
     ) -> np.ndarray:
         """f32[P, G] from completions `texts[P][G]` of `lengths` i32[P, G] tokens; host only."""
-        completions = [
+        completions = tuple(  # not a list: sorted in place, it would reward the wrong ones
             Completion(text, record, parse(text, record.task, thinking=self._thinking), int(tokens))
             for row, record, row_lengths in zip(texts, records, lengths, strict=True)
             for text, tokens in zip(row, row_lengths, strict=True)
-        ]
+        )
         found = self._call(completions)
         expected = f"{len(completions)} numbers, one for each completion"
         try:
+            is_text = np.asarray(found).dtype.kind in "SU"  # which NumPy would read as numbers
             values = np.asarray(found, np.float32)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise self._broken(f"returned {_short(found)}", expected) from error
-        if values.shape != (len(completions),):
+        if is_text or values.shape != (len(completions),):
             raise self._broken(f"returned {_short(found)}", expected)
         wrong = np.flatnonzero(~self._allowed(values))
         if len(wrong):
@@ -113,7 +114,7 @@ class CustomReward:
     def _call(self, *arguments: Any) -> Any:
         try:
             return self._function(*arguments)
-        except Exception as error:  # whatever a user's code raises
+        except (Exception, SystemExit) as error:  # whatever a user's code raises
             raise self._broken(
                 f"raised {type(error).__name__}: {error}", "a result for any completion"
             ) from error
@@ -152,7 +153,7 @@ def _load(spec: Custom) -> Callable[..., Any]:
     name, _, function = spec.function.partition(":")
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise RewardError(
             f"reward.custom.function {spec.function}: importing {name!r} raised "
             f"{type(error).__name__}: {error}. Its folder is looked for in reward.custom.folder "

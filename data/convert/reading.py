@@ -12,12 +12,13 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 _LARGEST_CELL: Final = 1 << 24  # bytes of a csv field
+_DEEPEST: Final = 64  # levels of JSON in a row; no format has more than 6
 
 
 class ConvertError(ValueError):
@@ -194,17 +195,16 @@ def _int(text: str) -> int | NotANumber:
 
 
 def _checked(value: Any) -> Any:
-    """`value`, or an `Unreadable` where an object in it has a key twice."""
-    key = _repeated_key(value)
-    if key is None:
-        return value
-    return Unreadable("a key stands twice", f"found {key!r} twice in one object", value)
-
-
-def _repeated_key(value: Any) -> str | None:
-    if isinstance(value, _Twice):
-        return value.key
-    inside = value.values() if isinstance(value, Mapping) else value
-    if not isinstance(value, Mapping | list):
-        return None
-    return next((key for key in map(_repeated_key, inside) if key is not None), None)
+    """`value`, or an `Unreadable`: an object in it has a key twice, or it is nested too deeply."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEPEST):
+        for item in level:
+            if isinstance(item, _Twice):
+                detail = f"found {item.key!r} twice in one object"
+                return Unreadable("a key stands twice", detail, value)
+        inside = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [x for part in inside for x in part if isinstance(x, dict | list)]
+        if not level:
+            return value
+    # Without its content, which could be neither shown nor written again.
+    return Unreadable("nested too deeply", f"found more than {_DEEPEST} levels", None)

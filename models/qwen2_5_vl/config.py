@@ -102,9 +102,16 @@ class ModelConfig:
             )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # JSON's and UTF-8's
             raise ModelConfigError(f"{path} is not valid JSON: {error}") from error
-        return cls.from_dict(raw, source=str(path))
+        if not isinstance(raw, dict):
+            raise ModelConfigError(f"{path}: expected a JSON object, found {repr(raw)[:80]}")
+        try:
+            return cls.from_dict(raw, source=str(path))
+        except (TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ModelConfigError(
+                f"{path}: a field has a value of another kind than in the releases: {error}"
+            ) from error
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> ModelConfig:

@@ -115,7 +115,19 @@ class Processor:
             raise FileNotFoundError(
                 f"{path} does not exist: download the tokenizer's files of the released model too"
             )
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                str(directory), local_files_only=True
+            )
+            template = _chat_template(directory, tokenizer)
+            greeting = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+            tokenizer.apply_chat_template(greeting, chat_template=template, tokenize=False)
+        except ProcessorError:
+            raise
+        except Exception as error:  # tokenizers raises plain Exceptions
+            raise ProcessorError(
+                f"{directory}: the tokenizer's files or the chat template cannot be read: {error}"
+            ) from error
         _check_tokenizer(tokenizer, config, path)
         pad_id = tokenizer.pad_token_id
         if not isinstance(pad_id, int):
@@ -124,7 +136,7 @@ class Processor:
             tokenizer=tokenizer,
             config=config,
             limits=limits,
-            chat_template=_chat_template(directory, tokenizer),
+            chat_template=template,
             eos_ids=_eos_ids(directory, tokenizer),
             pad_id=pad_id,
             resize=resize,

@@ -168,6 +168,30 @@ def test_a_damaged_shard_of_a_folder_is_a_bad_video(packed: Path) -> None:
         source.clips.fetch("a.mp4")
 
 
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_a_packed_dataset_that_tfds_cannot_open_is_refused_at_the_start(
+    packed: Path, name: str, content: str | None
+) -> None:
+    (packed / name).unlink()
+    if content is not None:
+        (packed / name).write_text(content)
+    with pytest.raises(ManifestError, match="dataset_info.json.*copy the folder again"):
+        opened(str(packed), ".")
+
+
+@pytest.mark.parametrize(("key", "value"), [("clip", "0"), ("shard", None), ("bytes", 1.5)])
+def test_a_place_that_is_none_is_refused_at_the_start(
+    packed: Path, key: str, value: object
+) -> None:
+    rows = [json.loads(line) for line in (packed / RECORDS).read_text().splitlines()]
+    for row in rows:
+        row["packed"] |= {key: value}
+    (packed / RECORDS).write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ManifestError, match="record '0' has no valid field 'packed'"):
+        opened(str(packed), ".")
+
+
 def test_what_is_wrong_with_a_packed_dataset_is_said(packed: Path, tmp_path: Path) -> None:
     url = packed.as_uri()
     with pytest.raises(StorageError, match="set data.stage to a local folder"):

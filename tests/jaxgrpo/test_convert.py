@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shlex
@@ -236,6 +237,18 @@ def test_whatever_is_damaged_every_row_is_written_or_rejected(kind: str, folder:
             done.write(folder / f"{number}.jsonl")
             assert read_manifest(folder / f"{number}.jsonl", folder) == done.records
     assert outcomes == {"refused", "written", "rejected"}
+
+
+def test_a_key_that_is_no_unicode_is_named_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"duration": 9, "timestamps": [[1, 2]], "sentences": ["s"]}
+    json_file(folder / "in", {"v_a": entry, "\ud800": 1})
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", out)
+    assert cli.main(["convert", "activitynet-captions", "in", "out.jsonl"]) == 0
+    out.seek(0)
+    assert "the first: in: \\ud800" in out.read()
 
 
 # ---- docs ----

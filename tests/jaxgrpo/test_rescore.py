@@ -174,6 +174,35 @@ def test_what_cannot_be_scored_again_is_named(
         read_stored(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("completion", 5, "completion: expected str, found 5"),
+        ("tokens", 10**30, "tokens: expected 0 or more"),
+        ("row", [1], r"row: expected int, found \[1\]"),
+        ("reward/total", float("inf"), "reward/total: expected a number, found inf"),
+        ("record", {"video": "a.mp4", "task": "tvg", "spans": [["a", "b"]]}, "field 'spans'"),
+        ("record", {"video": "a.mp4", "task": "nothing"}, "field 'task'"),
+    ],
+)
+def test_a_value_that_no_run_writes_is_named(
+    run: Path, field: str, value: object, says: str
+) -> None:
+    path = run / "completions.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | {field: value}), *others, ""]))
+    with pytest.raises(RescoreError, match=f"jsonl:1 is not a completion as a run .*{says}"):
+        read_stored(str(run))
+
+
+def test_lines_of_two_runs_in_one_file_are_noticed(run: Path) -> None:
+    MetricsLog(run, tensorboard=False, resume_step=2).write_completions(
+        1, "train", lines_of(1, Reward(BEFORE, thinking=False), SAID[::-1])
+    )
+    with pytest.raises(RescoreError, match="step 1, row 0 are about several questions"):
+        report(run, BEFORE)
+
+
 def test_a_torn_last_line_is_left_out(run: Path) -> None:
     with open(run / "completions.jsonl", "a") as file:
         file.write('{"step": 3, "id": "q1"')

@@ -88,6 +88,10 @@ def test_the_folder_is_appended_and_shadows_nothing(folder: Path) -> None:
         ("x = 1\ndef f(c): return", "host", "returned None; expected 14 numbers"),
         ("def f(c): return [0.5]", "host", r"returned \[0.5\]; expected 14 numbers"),
         ("def f(c): return ['a'] * len(c)", "host", "returned .*'a'.*expected 14 numbers"),
+        ("def f(c): return ['0.5'] * len(c)", "host", "returned .*'0.5'.*expected 14 numbers"),
+        ("def f(c): return [10**400] * len(c)", "host", "returned .*1000.*expected 14 numbers"),
+        ("def f(c): raise SystemExit(0)", "host", "raised SystemExit: 0"),
+        ("def f(c):\n c.sort()\n return [0.5] * len(c)", "host", "raised AttributeError: 'tuple'"),
         ("def f(c): return [float('nan')] * len(c)", "host", "nan for .*'sample-mcqa'.*0.0 to 1.0"),
         ("def f(c): return [2.0] * len(c)", "host", "returned 2.0 for a completion.*low and high"),
         ("def f(c): return [-1e-3] * len(c)", "host", "returned -0.001"),
@@ -116,6 +120,8 @@ def test_a_function_that_is_not_there_is_named(folder: Path) -> None:
         load(folder, SHORT, function="long")
     with pytest.raises(RewardError, match="importing 'broken' raised SyntaxError"):
         load(folder, "def f(:", name="broken", function="f")
+    with pytest.raises(RewardError, match="importing 'leaving' raised SystemExit"):
+        load(folder, "raise SystemExit(0)", name="leaving", function="f")
 
 
 def test_bounds_are_the_users(folder: Path) -> None:

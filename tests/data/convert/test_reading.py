@@ -53,6 +53,15 @@ def test_a_key_that_stands_twice_is_never_overlooked(tmp_path: Path) -> None:
         json_object(file(tmp_path, '{"a": 1, "a": 2}'))
 
 
+@pytest.mark.parametrize("levels", [70, 900])
+def test_a_row_nested_too_deeply_is_that_rows_fault(tmp_path: Path, levels: int) -> None:
+    deep = "[" * levels + "]" * levels
+    for content in (f'[{{"a": {deep}}}, {{"a": [[1]]}}]', f'{{"a": {deep}}}\n{{"a": [[1]]}}'):
+        bad, good = [row for _, row in json_rows(file(tmp_path, content))]
+        assert isinstance(bad, Unreadable) and bad.reason == "nested too deeply"
+        assert good == {"a": [[1]]}
+
+
 def test_csv_cells_may_hold_commas_and_line_ends(tmp_path: Path) -> None:
     path = file(tmp_path, '\ufeffid,length,x\r\nA,"1,5","two\nlines"\r\n\r\nB,2\r\nC,3,z\r\n')
     rows = list(csv_rows(path, ("id", "length")))

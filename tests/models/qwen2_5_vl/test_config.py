@@ -145,6 +145,25 @@ def test_broken_json_is_named(tmp_path: Path) -> None:
         ModelConfig.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"model_type": "qwen2_5_vl", "text_config": {"rope_scaling": 5}, "vision_config": {}}',
+        (
+            b'{"model_type": "qwen2_5_vl", "vision_config": {}, "text_config": {"hidden_size": 8,'
+            b'"num_attention_heads": 0}}'
+        ),
+    ],
+)
+def test_a_config_of_another_shape_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelConfigError, match=re.escape(f"{tmp_path}/config.json")):
+        ModelConfig.load(tmp_path)
+
+
 def test_an_error_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     expected = f"{tmp_path}/config.json: model_type is 'llama', expected 'qwen2_5_vl'"

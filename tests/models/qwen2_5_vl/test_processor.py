@@ -365,6 +365,22 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path):
         Processor.load(directory, LIMITS)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("chat_template.json", "no JSON"),
+        ("chat_template.json", '{"chat_template": "{% for"}'),
+    ],
+)
+def test_broken_files_of_the_tokenizer_are_named(tmp_path: Path, name: str, content: str):
+    directory = hf.write_model_directory(tmp_path)
+    (directory / name).write_text(content)
+    with pytest.raises(ProcessorError, match=f"{directory}: the tokenizer's files or the chat"):
+        Processor.load(directory, LIMITS)
+
+
 def test_a_missing_chat_template_is_an_error(tmp_path: Path):
     directory = hf.write_model_directory(tmp_path)
     path = directory / "tokenizer_config.json"
