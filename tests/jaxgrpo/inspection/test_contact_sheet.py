@@ -47,7 +47,9 @@ def test_the_frames_are_those_of_the_file_as_another_decoder_and_resizer_have_th
         expected = decoded[np.argmin(np.abs(times - time))]
         resized = Image.fromarray(expected).resize(size, Image.Resampling.BICUBIC)
         difference = np.abs(frame.astype(int) - np.asarray(resized))
-        assert difference.max() <= 3 and difference.mean() < 0.5
+        # The decoders' YUV to RGB differs by up to 3, which enlarging overshoots; and the encoder
+        # does not always write the same file.
+        assert difference.max() <= 6 and difference.mean() < 0.5
 
 
 def test_a_sheet_shows_each_frame_pixel_by_pixel_and_marks_the_true_span() -> None:
