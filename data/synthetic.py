@@ -175,8 +175,8 @@ def render(drawn: Scene) -> np.ndarray:
     texture = texture.astype(np.uint8)
     noise = rng.integers(0, 16, (*large, 3), dtype=np.uint8)
     offsets = rng.integers(0, 2 * margin, (count, 2))
-    background = _Drift(rng, margin - 1)
-    motions = [_Drift(rng, 7) for _ in drawn.events]
+    background = Drift(rng, margin - 1)
+    motions = [Drift(rng, 7) for _ in drawn.events]
     scales = rng.uniform(0.93, 1.03, len(drawn.events))
     frames = np.empty((count, SIDE, SIDE, 3), np.uint8)
     for i in range(count):
@@ -185,13 +185,13 @@ def render(drawn: Scene) -> np.ndarray:
         frame = texture[y : y + SIDE, x : x + SIDE].copy()
         for event, motion, scale in zip(drawn.events, motions, scales, strict=True):
             if event.start <= seconds < event.end:
-                _draw(frame, event, motion(seconds), scale)
+                draw_event(frame, event, motion(seconds), scale)
         y, x = offsets[i]
         frames[i] = cv2.add(frame, noise[y : y + SIDE, x : x + SIDE])
     return frames
 
 
-class _Drift:
+class Drift:
     """A slow closed curve: offset (x, y) in pixels, at most `reach` from zero, at a time."""
 
     def __init__(self, rng: np.random.Generator, reach: float):
@@ -203,7 +203,7 @@ class _Drift:
         return self.reach * np.sin(2 * np.pi * seconds / self.period + self.phase)
 
 
-def _draw(frame: np.ndarray, event: Event, offset: np.ndarray, scale: float) -> None:
+def draw_event(frame: np.ndarray, event: Event, offset: np.ndarray, scale: float) -> None:
     """Paints the event's object, a little under half of the frame's area."""
     center = SIDE / 2 + offset
     color = COLORS[event.color]
@@ -317,7 +317,7 @@ def write_dataset(
                 if not (root / video).is_file():
                     scenes.append(drawn)
                     paths.append(root / video)
-            list(pool.map(_write_clip, paths, scenes))
+            list(pool.map(lambda path, drawn: write_clip(path, render(drawn)), paths, scenes))
             if not manifests[index].is_file():
                 write_manifest(manifests[index], records)
     return manifests[0], manifests[1]
@@ -338,14 +338,15 @@ def _claim(root: Path, spec: SyntheticSpec) -> None:
     write_atomically(path, content)
 
 
-def _write_clip(path: Path, drawn: Scene) -> None:
+def write_clip(path: Path, frames: np.ndarray) -> None:
+    """An mp4 of u8[T, H, W, 3] RGB at 8 frames per second, renamed into place when complete."""
     # Two processes may fill one folder at once, on different hosts too.
     partial = path.with_name(f"partial_{os.getpid()}_{secrets.token_hex(4)}_{path.name}")
     fourcc = cv2.VideoWriter.fourcc(*"mp4v")
-    writer = cv2.VideoWriter(str(partial), fourcc, FRAMES_PER_SECOND, (SIDE, SIDE))
+    writer = cv2.VideoWriter(str(partial), fourcc, FRAMES_PER_SECOND, frames.shape[2:0:-1])
     if not writer.isOpened():
         raise SyntheticError(f"{partial} cannot be written: is the folder writable, the disk full?")
-    for frame in render(drawn):
+    for frame in frames:
         writer.write(frame[:, :, ::-1])
     writer.release()
     partial.replace(path)

@@ -1,0 +1,1 @@
+"""What the method is worth, on work that fits a laptop: docs/study.md."""
