@@ -1,11 +1,16 @@
-"""A whole GRPO step on video, side by side: ours against PyTorch, on the same weights and prompts.
+"""A whole GRPO step, side by side: ours against PyTorch, on the same weights and prompts.
 
     python -m benchmarks.grpo_step --workload cpu-1024 [--json FILE] [--steps 3] [--rounds 2]
+    python -m benchmarks.grpo_step --workload text-512 [--trl-python P] [--tunix-python P]
 
 A step is: G completions of one video prompt are sampled (forced to full length), rewarded and
 trained on, with the vision tower trained and no reference model. The sides (`benchmarks/grpo/`)
 take turns, each turn in a process of its own that compiles, warms up and then measures. Before
 anything is timed, all sides must find the same gradient norm on given completions.
+
+No other trainer takes videos. On text alone (text-512) the other sides are TRL's and Tunix's, where
+they are installed, with models of the same sizes; they may have Pythons of their own, which need
+this repository's dependencies too.
 
 A step during which other processes used more than a tenth of the CPUs is left out and counted.
 """
@@ -30,21 +35,35 @@ SIDES = {
     "ours": "jaxgrpo",
     "usual": "PyTorch, usual",
     "best": "PyTorch, best effort",
+    "trl": "TRL GRPOTrainer",
+    "tunix": "Tunix GRPOLearner",
 }
+MODULES = {"trl": "trl", "tunix": "tunix.rl.grpo.grpo_learner"}  # that a side needs besides
 MOST_OTHERS = 0.1  # share of the CPUs that other processes may use during a step
 # By how much gradient norms may differ between the sides.
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
-def turn(side: str, name: str, directory: Path, steps: int) -> list[dict[str, Any]]:
+def sides_of(workload: Workload) -> tuple[str, ...]:
+    """Who can do it."""
+    return ("ours", "usual", "best") if workload.video else ("ours", *MODULES)
+
+
+def is_there(side: str, python: str) -> bool:
+    """Whether a side's package can be imported."""
+    command = [python, "-c", f"import {MODULES[side]}"] if side in MODULES else ["true"]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+def turn(side: str, name: str, directory: Path, steps: int, python: str) -> list[dict[str, Any]]:
     """One side's turn: what it says first, then its steps."""
-    command = [sys.executable, "-m", "benchmarks.grpo_step", "--workload", name, "--side", side]
+    command = [python, "-m", "benchmarks.grpo_step", "--workload", name, "--side", side]
     command += ["--model", str(directory), "--steps", str(steps)]
     environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{SIDES[side]} failed with exit code {done.returncode}: see above")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
 
 
 def be(side: str, workload: Workload, directory: Path, steps: int) -> None:
@@ -53,6 +72,11 @@ def be(side: str, workload: Workload, directory: Path, steps: int) -> None:
         from benchmarks.grpo import ours
 
         lines = ours.run(workload, directory, steps)
+    elif side in MODULES:
+        from benchmarks.grpo import learners
+
+        run = {"trl": learners.run_trl, "tunix": learners.run_tunix}[side]
+        lines = run(workload, steps)
     else:
         from benchmarks.grpo import pytorch
 
@@ -65,9 +89,11 @@ def be(side: str, workload: Workload, directory: Path, steps: int) -> None:
 
 
 def check_gradients(first: dict[str, dict[str, Any]], dtype: str) -> None:
-    """All sides do the same work, or nothing is compared."""
+    """All sides do the same work, or nothing is compared; the trainers do not tell."""
     expected = first["ours"]["grad_norm"]
     for side, found in first.items():
+        if side in MODULES:
+            continue
         if not abs(found["grad_norm"] / expected - 1) <= GRADIENT_TOLERANCE[dtype]:
             raise SystemExit(
                 f"gradient norm on the same completions: ours {expected:.6g}, {SIDES[side]} "
@@ -112,8 +138,10 @@ def table(result: dict[str, Any]) -> str:
     sides, tokens = result["sides"], result["tokens"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     columns = ("rollout", "rewards", "update", "step s", "tokens/s", "peak GiB")
+    of_video = f"{tokens['video']} of {tokens['prompt']} prompt tokens are video, "
     lines = [
-        f"{result['workload']}: {tokens['video']} of {tokens['prompt']} prompt tokens are video, "
+        f"{result['workload']}: "
+        + (of_video if tokens["video"] else f"{tokens['prompt']} prompt tokens, all text, ")
         + f"{tokens['group']} completions of {tokens['length']}, {result['dtype']}",
         f"on {result['device']}, {versions}",
         "",
@@ -121,12 +149,14 @@ def table(result: dict[str, Any]) -> str:
     ]
     for side, found in sides.items():
         seconds = found["seconds"]
-        rewards = f"{seconds['rewards']:.4f}" if "rewards" in seconds else ""
+        phases = {"rollout": ".3f", "rewards": ".4f", "update": ".3f"}  # trainers tell none
+        cells = (format(seconds[x], to) if x in seconds else "" for x, to in phases.items())
         rate = tokens["group"] * tokens["length"] / seconds["step"]
         lines.append(
-            f"{SIDES[side]:22}{seconds['rollout']:>10.3f}{rewards:>10}{seconds['update']:>10.3f}"
+            f"{SIDES[side]:22}{''.join(f'{cell:>10}' for cell in cells)}"
             f"{seconds['step']:>10.3f}{rate:>10.1f}{found['peak_gib']:>10.2f}"
         )
+    lines += [f"{SIDES[side]:22}  not measured: not installed" for side in result["missing"]]
     lines.append("")
     for side, ratio in result["ratio"].items():
         memory = sides["ours"]["peak_gib"] / sides[side]["peak_gib"]
@@ -153,7 +183,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--steps", type=int, default=3, help="measured in a turn")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
-    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--sides", nargs="*", choices=SIDES, help="default: all that can")
+    for side in MODULES:
+        parser.add_argument(f"--{side}-python", default=sys.executable, help=f"that has {side}")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # in its own process
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -161,13 +193,23 @@ def main() -> None:
     if options.side:
         return be(options.side, workload, options.model, options.steps)
 
+    able = sides_of(workload)
+    pythons = {"trl": options.trl_python, "tunix": options.tunix_python}
+    asked = [side for side in options.sides or able if side in able]
+    missing = [side for side in asked if not is_there(side, pythons.get(side, sys.executable))]
     first: dict[str, dict[str, Any]] = {}
-    steps: dict[str, list[dict[str, Any]]] = {side: [] for side in options.sides}
+    steps: dict[str, list[dict[str, Any]]] = {side: [] for side in asked if side not in missing}
     with tempfile.TemporaryDirectory() as folder:
         write_model(workload.model, workload.dtype, Path(folder))
         for number in range(options.rounds):
-            for side in options.sides:
-                first[side], *measured = turn(side, options.workload, Path(folder), options.steps)
+            for side in steps:
+                first[side], *measured = turn(
+                    side,
+                    options.workload,
+                    Path(folder),
+                    options.steps,
+                    pythons.get(side, sys.executable),
+                )
                 steps[side] += measured
                 shown = ", ".join(f"{step['step']:.2f}" for step in measured)
                 print(f"round {number + 1}, {SIDES[side]}: {shown} s", file=sys.stderr, flush=True)
@@ -180,10 +222,12 @@ def main() -> None:
         "command": f"python -m benchmarks.grpo_step --workload {options.workload} "
         f"--steps {options.steps} --rounds {options.rounds}",
         "device": f"{first['ours']['device']} ({platform.machine()}, {os.cpu_count()} CPUs)",
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "torch", "transformers")},
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "torch", "transformers")}
+        | {name: x for found in first.values() for name, x in found.get("versions", {}).items()},
+        "missing": missing,
         "dtype": workload.dtype,
         "tokens": {
-            "video": workload.video.patches // 4,
+            "video": workload.video.patches // 4 if workload.video else 0,
             "prompt": prompt.tokens,
             "group": workload.group,
             "length": workload.length,
@@ -195,7 +239,7 @@ def main() -> None:
         },
         "sides": sides,
         "limits": judged(sides["ours"], first["ours"], workload),
-        "grad_norm": {side: found["grad_norm"] for side, found in first.items()},
+        "grad_norm": {side: x["grad_norm"] for side, x in first.items() if "grad_norm" in x},
     }
     print(table(result))
     if options.json:

@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Workload(NamedTuple):
-    """One video and one question, G completions of C tokens."""
+    """One video and one question, or text alone, and G completions of C tokens."""
 
     model: str  # "3b", "32m", or "100k" for tests
-    video: Grid  # patches: t grids of h x w; four make a token
+    video: Grid | None  # patches: t grids of h x w; four make a token; None: text alone
     text: int  # tokens of the prompt beside the video's
     group: int  # G
     length: int  # C
@@ -35,6 +35,8 @@ class Workload(NamedTuple):
     @property
     def layout(self) -> list[int | Grid]:
         """For `random_prompt`, which puts a token in front of the video and one behind it."""
+        if self.video is None:
+            return [self.text]
         before = self.text // 4
         return [before, self.video, self.text - before - 2]
 
@@ -62,6 +64,7 @@ WORKLOADS = {
     "cpu-1024": Workload("32m", Grid(16, 16, 16), 76, 8, 64, "float32", remat=False),
     # All 16 at once take PyTorch more than 23 GiB.
     "cpu-2048": Workload("32m", Grid(16, 16, 32), 102, 16, 64, "float32", remat=False, micro=4),
+    "text-512": Workload("32m", None, 512, 8, 64, "float32", remat=False),
     "gpu-3b-2048": Workload("3b", Grid(16, 16, 32), 102, 8, 256, "bfloat16", remat=True),
     "gpu-3b-8192": Workload("3b", Grid(32, 32, 32), 102, 8, 256, "bfloat16", remat=True),
 }

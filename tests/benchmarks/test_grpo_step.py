@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,22 @@ def test_all_sides_find_the_same_gradient(lines: dict[str, list[dict[str, Any]]]
     wrong = first | {"best": {"grad_norm": first["best"]["grad_norm"] * 1.01}}
     with pytest.raises(SystemExit, match="the sides do not compute the same"):
         grpo_step.check_gradients(wrong, "float32")
+
+
+def test_text_alone_is_for_the_trainers_that_take_no_videos(tmp_path: Path) -> None:
+    assert grpo_step.sides_of(SMALL) == ("ours", "usual", "best")
+    text = SMALL._replace(video=None, text=20)
+    assert grpo_step.sides_of(text) == ("ours", "trl", "tunix")
+    write_model(text.model, text.dtype, tmp_path)
+    known, step = ours.run(text, tmp_path, 1)
+    assert len(text.prompt(0).tokens) == 20 and known["grad_norm"] > 0 and step["step"] > 0
+
+
+def test_a_package_that_is_not_there_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(grpo_step.MODULES, "trl", "no_such_package")
+    assert not grpo_step.is_there("trl", sys.executable)
+    monkeypatch.setitem(grpo_step.MODULES, "trl", "json")
+    assert grpo_step.is_there("trl", sys.executable) and grpo_step.is_there("ours", "-")
 
 
 def test_the_phases_of_a_step_are_the_step(lines: dict[str, list[dict[str, Any]]]) -> None:
