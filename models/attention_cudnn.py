@@ -31,7 +31,9 @@ def attend_causal(q: Array, k: Array, v: Array, *, emulated: bool = False) -> Ar
     Returns:
       [B, T, N, H].
     """
-    return _attention(emulated)(q, k, v, is_causal=True)
+    length = q.shape[1]
+    q, k, v = (_even(x) for x in (q, k, v))
+    return _attention(emulated)(q, k, v, is_causal=True)[:, :length]
 
 
 def attend_packed(
@@ -53,7 +55,7 @@ def attend_packed(
     prompt = valid.shape[1]
     group = (q.shape[1] - prompt) // completion
     of_prompt = attend_causal(*(x[:, :prompt] for x in (q, k, v)), emulated=emulated)
-    queries = _even(_by_completion(q[:, prompt:], group))  # cuDNN wants even sizes under a mask
+    queries = _even(_by_completion(q[:, prompt:], group))
     keys, values = (
         _even(jnp.concatenate([_even(own), _repeat(shared, group)], axis=1))
         for own, shared in ((_by_completion(x[:, prompt:], group), x[:, :prompt]) for x in (k, v))
@@ -113,5 +115,5 @@ def _repeat(x: Array, group: int) -> Array:
 
 
 def _even(x: Array) -> Array:
-    """[B, T, ...] with a zero at the end where T is odd."""
+    """[B, T, ...] with a zero at the end where T is odd: cuDNN has no gradient for that."""
     return jnp.pad(x, [(0, 0), (0, x.shape[1] % 2)] + [(0, 0)] * (x.ndim - 2))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from models import attention_cudnn
 from models.attention_backend import XLA, Backend
@@ -35,6 +38,27 @@ def test_gradients_of_a_shared_prompt_are_summed_in_float32() -> None:
     assert pullback(ones)[0].dtype == jnp.bfloat16
     sums = [e for e in jax.make_jaxpr(pullback)(ones).eqns if e.primitive.name == "reduce_sum"]
     assert [e.invars[0].aval.dtype for e in sums] == [jnp.float32]
+
+
+@pytest.mark.parametrize("case", EVEN + ODD)
+def test_it_lowers_to_cudnns_kernels_forward_and_backward(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # jax asks the machine for a GPU and cuDNN before it lowers; this one stands for an H100's.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(
+        fused_attention_stablehlo, "check_compute_capability", lambda wanted: float(wanted) <= 9
+    )
+    half = tuple(x.astype(jnp.bfloat16) for x in case.arrays)
+
+    def run(*arrays: jax.Array) -> object:
+        return case._replace(arrays=arrays).run(Backend("cudnn"))
+
+    lowered = jax.jit(run).trace(*half).lower(lowering_platforms=("cuda",)).as_text()
+    calls = set(re.findall(r"@__cudnn\$fmha(\w+)", lowered))
+    forward = {name for name in calls if not name.endswith("Backward")}
+    assert forward and calls == forward | {f"{name}Backward" for name in forward}
+    assert "bf16" in lowered and "dot_general" not in lowered, "XLA has a part in it"
 
 
 @pytest.mark.parametrize("case", EVEN + ODD)
