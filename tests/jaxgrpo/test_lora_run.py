@@ -193,13 +193,19 @@ def test_a_run_of_adapters_is_a_model_for_other_commands(
 
 @pytest.mark.parametrize("key", ["lora.rank=4", "model.freeze_vision=true"])
 def test_what_is_frozen_is_held_in_the_compute_type_alone(place: Workplace, key: str) -> None:
-    settings = [f"model.path={tiny_run.random_model(place)}", "model.init=checkpoint"]
-    config = tiny_run.load_config(place, *settings, key, "model.compute_dtype=bfloat16")
+    """Of a run, whose checkpoint has them in float32."""
+    config = tiny_run.load_config(
+        place, *tiny_run.started(place), key, "model.compute_dtype=bfloat16"
+    )
     mesh = make_mesh(MeshSection(data=1), jax.devices()[:1])
     params = open_trained(config, ModelConfig.load(TINY), mesh)
     trained, frozen = split_frozen(params, config.model.freeze_vision)
     assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
+    wide = restore_params(tiny_run.cold_start(place))[0]
+    for name, weights in frozen.items():
+        rounded = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), wide[name])
+        tiny_run.assert_same_bits(by_name(weights), by_name(rounded))
     assert "vision" in frozen
 
 
