@@ -47,6 +47,7 @@ RECIPES = [
     Case("3b_gpu1_8k", "h100:1"),
     Case("3b_gpu8", "h100:8"),
     Case("7b_gpu8", "h100:8"),
+    Case("7b_gpu1_lora", "h100:1"),
 ]
 # The 7B recipe of 64 v5p chips, with as many prompts per chip on more of them.
 WEAK_SCALING = [

@@ -26,6 +26,7 @@ from jaxgrpo.checks import above_zero as _above_zero
 from jaxgrpo.checks import at_least as _at_least
 from jaxgrpo.checks import check as _check
 from jaxgrpo.data_config import DataSection
+from jaxgrpo.lora_config import LoraSection
 from jaxgrpo.reward_config import RewardSection
 from jaxgrpo.select_config import SelectSection
 from jaxgrpo.strict_yaml import ConfigError
@@ -258,6 +259,7 @@ class Config:
     rollout: RolloutSection = field(default_factory=RolloutSection)
     reward: RewardSection = field(default_factory=RewardSection)
     grpo: GrpoSection = field(default_factory=GrpoSection)
+    lora: LoraSection = field(default_factory=LoraSection)
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
     sft: SftSection = field(default_factory=SftSection)
@@ -290,6 +292,18 @@ class Config:
                 "no data: set data.train and data.eval to JSONL manifests (`eval` needs only the "
                 "second), data.mixture and data.eval_mixture to several, or set data.synthetic"
             )
+        _check(
+            "lora.targets",
+            list(self.lora.targets),
+            not (self.lora.vision and self.model.freeze_vision),
+            "no target of the vision tower with model.freeze_vision=true",
+        )
+        _check(
+            "lora.rank",
+            self.lora.rank,
+            self.lora.rank == 0 or self.model.init == "checkpoint",
+            "0 with model.init=random: random weights that are frozen are kept nowhere",
+        )
         evaluated = self.eval.every and self.eval.every % self.checkpoint.every == 0
         _check(
             "eval.every",
@@ -304,6 +318,16 @@ class Config:
             self.rollout.prompts % self.optim.accumulate == 0,
             f"a divisor of rollout.prompts ({self.rollout.prompts})",
         )
+
+    @property
+    def vision_frozen(self) -> bool:
+        """Whether nothing of the vision tower is trained, so that its features can be kept."""
+        return self.model.freeze_vision or (bool(self.lora.rank) and not self.lora.vision)
+
+    @property
+    def base_needed(self) -> bool:
+        """Whether weights of model.path are needed besides the trained ones, on resuming too."""
+        return self.vision_frozen or bool(self.lora.rank)
 
 
 def profiled_steps(profile: str) -> range:

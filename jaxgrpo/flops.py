@@ -19,14 +19,17 @@ Forward:
   - completions  L * 4 N H * G (C S + the same sum over C)                            per prompt
   - decoding  L * 4 N H (S + C): the whole cache, masked                              per token
   logits      2 D V                                                                   per position
+  adapters    2 T R (I + O), of every weight [I, O] that has one of rank R             per T tokens
 
 Backward: twice the forward, for the gradients of both factors; patches need none, so once there.
+With adapters, which leave the weights no gradient, once; twice for the adapters; patches nothing.
 
 Recomputed in the backward pass:
   - the logits, always;
   - attention's scores, half of its forward, always;
-  - with remat "layer" every block and layer, but for the last product of its MLP (2 T F D), whose
-    result nothing in the backward pass reads; with "products" nothing that is counted here.
+  - with remat "layer" every block and layer, but for the last product of its MLP (2 T F D, and of
+    its adapter 2 T R D), whose result nothing in the backward pass reads; with "products" nothing
+    that is counted here.
 Attention in a kernel (`Backend.kernel`: prompts, completions, frames; never windows and decoding):
   - splash computes whole blocks of scores, those that its mask does not leave out, with heads
     padded to 128: 2 products forward, 7 backward (one kernel for the queries' gradients makes
@@ -47,6 +50,7 @@ from jaxgrpo.hlo import Matmul
 from models import attention_splash
 from models.attention_backend import XLA, Backend
 from models.layers import Remat
+from models.low_rank import NO_LORA, Lora
 from models.qwen2_5_vl.config import ModelConfig, TextConfig, VisionConfig
 from models.qwen2_5_vl.sizes import Size
 
@@ -82,6 +86,7 @@ class Step:
     backend: Backend = XLA
     remat: Remat = "none"
     freeze_vision: bool = False  # encoded once, by the rollout
+    lora: Lora = NO_LORA  # of the update; others compute with the base or with merged weights
 
 
 class Part(NamedTuple):
@@ -145,17 +150,18 @@ def update_flops(config: ModelConfig, step: Step) -> Flops:
     """Forward, backward and what is recomputed; a frozen tower's features are handed in."""
     vision = () if step.freeze_vision else _vision(config.vision, step)
     packed, logits = _packed(config.text, step), _logits(config.text, step)
-    forward = (*vision, *packed, logits)
+    adapters = _adapters(config, step)
+    forward = (*vision, *packed, *adapters, logits)
     again = [Part("logits", logits.matmul)]
     if step.remat == "layer":
-        again += [_without_last(part, config, step) for part in (*vision, *packed)]
+        again += [_without_last(part, config, step) for part in (*vision, *packed, *adapters)]
     if step.remat == "products" and step.backend.kernel == "cudnn":
         again += [part._replace(matmul=0, attention=0) for part in (*vision, *packed)]
     again += [Part(f"{part.name}' scores", 0, part.attention // 2) for part in (*vision, *packed)]
     return Flops(
         (
             *_named("forward", forward),
-            *_named("backward", [_backward(part, step.backend) for part in forward]),
+            *_named("backward", [_backward(part, step) for part in forward]),
             *_named("recomputed", [part for part in again if any(part[1:])]),
         )
     )
@@ -248,6 +254,28 @@ def _packed(config: TextConfig, step: Step) -> tuple[Part, ...]:
     return (_part("layers", _layers(config, p * tokens), attention, step.backend),)
 
 
+def _adapters(config: ModelConfig, step: Step) -> tuple[Part, ...]:
+    """Both products of every adapter, of the vision tower and of the decoder."""
+    vision, text, rank = config.vision, config.text, step.lora.rank
+    heads, kv_heads = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    widths = {  # the inputs and outputs of a layer's weights
+        "vision.attention": (vision.width + 3 * vision.width) + 2 * vision.width,
+        "vision.mlp": 3 * (vision.width + vision.mlp_width),
+        "text.attention": 2 * (text.width + heads) + 2 * (text.width + kv_heads),
+        "text.mlp": 3 * (text.width + text.mlp_width),
+    }
+    rows = {
+        "vision": step.prompts * vision.depth * step.bucket.patches,
+        "text": step.prompts * text.layers * (step.bucket.tokens + step.group * step.length),
+    }
+    found = []
+    for stack, tokens in rows.items():
+        width = sum(widths[x] for x in step.lora.targets if x.startswith(stack))
+        if width and tokens:
+            found.append(Part(f"{stack} adapters", 2 * tokens * rank * width))
+    return tuple(found)
+
+
 def _part(name: str, matmul: int, attention: int, backend: Backend) -> Part:
     """With attention where the back end computes it."""
     if backend.kernel == "xla":
@@ -265,9 +293,11 @@ def _logits(config: TextConfig, step: Step) -> Part:
 # ---- backward ----
 
 
-def _backward(part: Part, backend: Backend) -> Part:
+def _backward(part: Part, step: Step) -> Part:
     times = 1 if part.name == "patches" else 2
-    products = {"xla": 4, "splash": 7, "cudnn": 5}[backend.kernel]
+    if step.lora.rank and not part.name.endswith("adapters"):
+        times -= 1
+    products = {"xla": 4, "splash": 7, "cudnn": 5}[step.backend.kernel]
     return part._replace(
         matmul=times * part.matmul,
         attention=2 * part.attention,
@@ -277,13 +307,16 @@ def _backward(part: Part, backend: Backend) -> Part:
 
 def _without_last(part: Part, config: ModelConfig, step: Step) -> Part:
     """What is computed again of a part when its layers are: all but the MLPs' last product."""
-    p = step.prompts
-    if part.name == "vision":
-        vision = config.vision
-        last = vision.depth * 2 * step.bucket.patches * vision.mlp_width * vision.width
-    elif part.name == "layers":
-        text, tokens = config.text, step.bucket.tokens + step.group * step.length
-        last = text.layers * 2 * tokens * text.mlp_width * text.width
-    else:
+    vision, text, rank = config.vision, config.text, step.lora.rank
+    of_vision = 2 * step.prompts * step.bucket.patches * vision.depth * vision.width
+    tokens = step.bucket.tokens + step.group * step.length
+    of_text = 2 * step.prompts * tokens * text.layers * text.width
+    last = {
+        "vision": of_vision * vision.mlp_width,
+        "layers": of_text * text.mlp_width,
+        "vision adapters": of_vision * rank * ("vision.mlp" in step.lora.targets),
+        "text adapters": of_text * rank * ("text.mlp" in step.lora.targets),
+    }
+    if part.name not in last:
         return Part(part.name, 0)
-    return part._replace(matmul=part.matmul - p * last)
+    return part._replace(matmul=part.matmul - last[part.name])

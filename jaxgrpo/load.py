@@ -17,15 +17,21 @@ from data.storage import Identity, StorageError, cache_folder, digest, is_url, l
 from jaxgrpo.checkpoint import latest_step, read_part
 from jaxgrpo.config import Config, ConfigError, MeshSection, ModelSection
 from jaxgrpo.inputs import pixel_limits
-from jaxgrpo.policy import Params, Policy, Vocabulary
+from jaxgrpo.policy import Params, Policy, Vocabulary, cast
 from jaxgrpo.processes import check_same
 from jaxgrpo.run_dir import is_run, read_config
-from jaxgrpo.sharding import make_mesh, param_shardings, say
+from jaxgrpo.sharding import make_mesh, param_shapes, param_shardings, say
 from jaxgrpo.update import split_frozen
 from models.attention_backend import Backend, Kernel
+from models.low_rank import NO_LORA, Lora
 from models.qwen2_5_vl import resize
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.model import abstract_model, random_params
+from models.qwen2_5_vl.model import (
+    abstract_model,
+    merge_adapters,
+    random_adapters,
+    random_params,
+)
 from models.qwen2_5_vl.processor import Processor
 from models.qwen2_5_vl.weights import load
 
@@ -143,9 +149,17 @@ def vocabulary_of(processor: Processor) -> Vocabulary:
 
 
 def open_policy(
-    section: ModelSection, processor: Processor, mesh: Mesh, *, temperature: float
+    section: ModelSection,
+    processor: Processor,
+    mesh: Mesh,
+    *,
+    temperature: float,
+    lora: Lora = NO_LORA,
 ) -> Policy:
     """The policy without its weights; says what attention is computed by.
+
+    Args:
+      lora: the adapters that training is to make; a run's are in its weights already.
 
     Raises:
       ConfigError: see `choose_backend`.
@@ -154,7 +168,9 @@ def open_policy(
     backend = choose_backend(section, platform)
     say(f"attention: {backend.kernel}, on {platform} in {section.compute_dtype}")
     vocabulary = vocabulary_of(processor)
-    return make_policy(section, processor.config, vocabulary, backend, temperature=temperature)
+    return make_policy(
+        section, processor.config, vocabulary, backend, temperature=temperature, lora=lora
+    )
 
 
 def choose_backend(section: ModelSection, platform: str) -> Backend:
@@ -185,6 +201,7 @@ def make_policy(
     backend: Backend,
     *,
     temperature: float,
+    lora: Lora = NO_LORA,
 ) -> Policy:
     """The policy of a model's sizes and vocabulary, without its weights."""
     graphdef, _ = abstract_model(config)
@@ -197,6 +214,7 @@ def make_policy(
         remat=section.remat,
         logit_chunk=section.logit_chunk,
         backend=backend,
+        lora=lora,
     )
 
 
@@ -214,32 +232,67 @@ def open_params(section: ModelSection, config: ModelConfig, mesh: Mesh, seed: in
     return load_params(section.path, config, shardings)
 
 
+def open_trained(config: Config, model: ModelConfig, mesh: Mesh) -> Params:
+    """The weights that training begins with: float32, but what is frozen in the compute dtype.
+
+    With `lora` the adapters are new, by the seed; those of a run at model.path have been added to
+    its weights.
+
+    Raises: see `open_params`.
+    """
+    section, lora = config.model, config.lora.adapters
+    shardings = param_shardings(model, mesh)
+    dtype = jnp.dtype(section.compute_dtype)
+    if section.init == "random":
+        params = random_params(model, config.seed, shardings)
+        trained, frozen = split_frozen(params, section.freeze_vision)
+        return trained | cast(frozen, dtype)
+    check_same(f"the newest checkpoints of {section.path} are of steps", weight_steps(section.path))
+    if lora.rank:
+        where = param_shardings(model, mesh, lora=lora)["lora"]
+        adapters = {"lora": random_adapters(model, lora, config.seed, where)}
+        return adapters | load_params(section.path, model, shardings, dtype=dtype)
+    trained, frozen = split_frozen(shardings, section.freeze_vision)
+    params = load_params(section.path, model, trained)
+    return params | (load_params(section.path, model, frozen, dtype=dtype) if frozen else {})
+
+
 def weight_steps(path: str | Path) -> list[int | None]:
     """The steps of the checkpoints that `load_params` reads: none for a model directory."""
     if not is_run(path):
         return []
-    base = read_config(path).model
-    return [latest_step(path), *(weight_steps(base.path) if base.freeze_vision else [])]
+    config = read_config(path)
+    base, needed = config.model, config.base_needed
+    return [latest_step(path), *(weight_steps(base.path) if needed else [])]
 
 
 def load_params(
-    path: str | Path, config: ModelConfig, shardings: Any, step: int | None = None
+    path: str | Path,
+    config: ModelConfig,
+    shardings: Any,
+    step: int | None = None,
+    *,
+    dtype: Any = np.float32,
 ) -> Params:
-    """Float32 weights of a model directory or of a run's checkpoint.
+    """Weights of a model directory or of a run's checkpoint; a run's adapters added to them.
 
     Args:
+      dtype: of all of them.
       shardings: where the weights lie, by "text" and "vision"; only what it names is read.
       step: of the run's checkpoint; None is the newest.
 
     Raises: as `open_params`; also ConfigError, the run has not kept that step.
     """
     if not is_run(path):
-        return load(model_directory(path), config, shardings=shardings)
-    base = read_config(path).model
+        return load(model_directory(path), config, dtype=dtype, shardings=shardings)
+    run = read_config(path)
+    base = run.model
+    if run.lora.rank:
+        return _with_adapters_of(path, run, config, shardings, step, dtype)
     trained = split_frozen(abstract_model(config)[1], base.freeze_vision)[0]
     like = {
         name: jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
             trained[name],
             shardings[name],
         )
@@ -252,7 +305,29 @@ def load_params(
         return params
     if base.init == "random":
         raise ConfigError(f"{path} froze a random vision tower, which is not kept anywhere")
-    return params | load_params(base.path, config, frozen)
+    return params | load_params(base.path, config, frozen, dtype=dtype)
+
+
+def _with_adapters_of(
+    path: str | Path,
+    run: Config,
+    config: ModelConfig,
+    shardings: Any,
+    step: int | None,
+    dtype: Any,
+) -> Params:
+    """`load_params` of a run that trained adapters: these added to its base as it had that."""
+    lora = run.lora.adapters
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    shapes = param_shapes(config, mesh, lora)["lora"]
+    like = {part: pairs for part, pairs in shapes.items() if part in shardings}
+    base = load_params(run.model.path, config, shardings, dtype=jnp.dtype(run.model.compute_dtype))
+    adapters = read_part(path, {"params": {"lora": like}}, step)["params"] if like else {"lora": {}}
+
+    def merge(base: Params, adapters: Params) -> Params:
+        return cast(merge_adapters(base | adapters, lora.scale, dtype), dtype)
+
+    return jax.jit(merge, out_shardings=shardings)(base, adapters)
 
 
 def restore_params(run_dir: str | Path, step: int | None = None) -> tuple[Params, Path]:

@@ -71,7 +71,7 @@ def count(
         }
     prompts //= config.optim.accumulate
     copy = held["weights"] * _width(config) / 4
-    trained_vision = not config.model.freeze_vision
+    trained_vision = not config.vision_frozen
     kept = prompts * packed * model.text.layers * model.text.width
     kept += prompts * bucket.patches * model.vision.depth * model.vision.width * trained_vision
     layer = layer_of(prompts, packed)

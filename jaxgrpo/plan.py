@@ -192,7 +192,12 @@ def lower_programs(
     backend = choose_backend(config.model, "tpu") if topology.is_tpu else XLA
     # cuDNN's kernel cannot be lowered without a GPU.
     policy = make_policy(
-        config.model, model, _vocabulary(model), backend, temperature=config.rollout.temperature
+        config.model,
+        model,
+        _vocabulary(model),
+        backend,
+        temperature=config.rollout.temperature,
+        lora=config.lora.adapters,
     )
     weights = lower_weights(
         config, mesh, policy, config.train.steps, reference=bool(config.grpo.kl)
@@ -304,7 +309,8 @@ def _formulas(
         logit_chunk=config.model.logit_chunk,
         backend=backend,
         remat=config.model.remat,
-        freeze_vision=config.model.freeze_vision,
+        freeze_vision=config.vision_frozen,
+        lora=config.lora.adapters,
     )
     # The rollout encodes the video whether the tower is frozen or not.
     sampled = dataclasses.replace(step, freeze_vision=False)

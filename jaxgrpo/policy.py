@@ -17,8 +17,9 @@ from jax import Array
 
 from models.attention_backend import Backend
 from models.layers import Remat
+from models.low_rank import NO_LORA, Lora
 from models.qwen2_5_vl.config import ModelConfig
-from models.qwen2_5_vl.model import Qwen2_5_VL
+from models.qwen2_5_vl.model import Qwen2_5_VL, abstract_model, merge_adapters, with_adapters
 from models.qwen2_5_vl.processor import Prompt
 
 Params = dict[str, Any]
@@ -114,10 +115,21 @@ class Policy(NamedTuple):
     remat: Remat
     logit_chunk: int
     backend: Backend
+    lora: Lora = NO_LORA
 
     def merge(self, params: Params) -> Qwen2_5_VL:
-        """The model with these weights in the compute dtype."""
-        return nnx.merge(self.graphdef, cast(params, self.compute_dtype))
+        """The model with these weights in the compute dtype; with adapters if they have any."""
+        params = cast(params, self.compute_dtype)
+        if "lora" not in params:
+            return nnx.merge(self.graphdef, params)
+        graphdef, _ = abstract_model(self.config, self.lora)
+        return nnx.merge(graphdef, with_adapters(params))
+
+    def publish(self, params: Params) -> Params:
+        """The weights in the compute dtype, with what adapters there are added to them."""
+        if "lora" in params:
+            params = merge_adapters(params, self.lora.scale, self.compute_dtype)
+        return cast(params, self.compute_dtype)
 
     def log_probs(
         self, params: Params, prompt: Prompt, features: Array | None, completions: Array

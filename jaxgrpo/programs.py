@@ -28,7 +28,7 @@ from jax.stages import Lowered, Wrapped
 
 from jaxgrpo.config import Config
 from jaxgrpo.grpo import group_advantages, zero_variance
-from jaxgrpo.policy import Params, Policy, cast
+from jaxgrpo.policy import Params, Policy
 from jaxgrpo.rollout import Rollout, Sampling, generate
 from jaxgrpo.sharding import (
     PROMPTS,
@@ -105,10 +105,13 @@ def init_program(mesh: Mesh, optimizer: optax.GradientTransformation, params: Pa
 
 
 def publish_program(policy: Policy, shardings: Any) -> Wrapped:
-    """(trained, frozen) master weights -> a copy in the compute dtype and another layout."""
+    """(trained, frozen) master weights -> a copy in the compute dtype and another layout.
+
+    Adapters are added to the weights that they belong to.
+    """
 
     def publish(params: Params, frozen: Params) -> Params:
-        return cast(params | frozen, policy.compute_dtype)
+        return policy.publish(params | frozen)
 
     return jax.jit(publish, out_shardings=shardings)
 
@@ -125,7 +128,7 @@ def lower_publish(
     With `sharding.RULES` it keeps them as a reference instead, laid out as they are.
     """
     layout = param_shardings(policy.config, mesh, rules)
-    layout = {name: layout[name] for name in trained | frozen}
+    layout = {name: layout[name] for name in trained | frozen if name in layout}
     return publish_program(policy, layout).lower(trained, frozen)
 
 
@@ -306,19 +309,25 @@ class WeightPrograms(NamedTuple):
     """What the weights of a run go through, to be compiled, and their shapes with shardings."""
 
     trained: Params  # float32
-    frozen: Params  # float32
+    frozen: Params  # in the compute dtype
     optimizer: optax.GradientTransformation
     init: Lowered  # trained -> state
     to_sampler: Lowered  # (trained, frozen) -> the sampler's copy
-    to_reference: Lowered | None  # (trained, {}) -> the reference; None without a KL term
+    to_reference: Lowered | None  # (trained, {}) -> the reference; None: see `reference`
+    reference: Params | None  # its shapes; {}: it is what is frozen; None without a KL term
 
 
 def lower_weights(
     config: Config, mesh: Mesh, policy: Policy, steps: int, *, reference: bool
 ) -> WeightPrograms:
     """Lowers what happens to the weights before and between the steps."""
-    shapes = param_shapes(policy.config, mesh)
+    shapes = param_shapes(policy.config, mesh, policy.lora)
     trained, frozen = split_frozen(shapes, config.model.freeze_vision)
+    frozen = jax.tree.map(lambda x: x.update(dtype=policy.compute_dtype), frozen)
+    to_reference = None
+    if reference and not policy.lora.rank:
+        to_reference = lower_publish(mesh, policy, trained, {}, RULES)
+    kept = to_reference.out_info if to_reference else {}
     optimizer = make_optimizer(config.optim, steps, config.grpo.updates)
     return WeightPrograms(
         trained,
@@ -326,7 +335,8 @@ def lower_weights(
         optimizer,
         init=init_program(mesh, optimizer, trained).lower(trained),
         to_sampler=lower_publish(mesh, policy, trained, frozen),
-        to_reference=lower_publish(mesh, policy, trained, {}, RULES) if reference else None,
+        to_reference=to_reference,
+        reference=kept if reference else None,
     )
 
 
@@ -404,15 +414,15 @@ def lower_train(
     prompt = prompt_shapes(mesh, policy.config.vision, bucket, p)
     scalar = scalar_shape(mesh)
 
-    program = rollout_program(mesh, policy, sampling, config.model.freeze_vision)
+    program = rollout_program(mesh, policy, sampling, config.vision_frozen)
     rollout = lower(program, weights.to_sampler.out_info, prompt, scalar, scalar)
     completions, features = rollout.out_info
     shardings = jax.tree.map(lambda x: x.sharding, state)
 
     def lower_learn(length: int) -> LoweredLearn:
         reference = None
-        if weights.to_reference is not None:
-            kept, program = weights.to_reference.out_info, reference_program(mesh, policy, length)
+        if weights.reference is not None:
+            kept, program = weights.reference, reference_program(mesh, policy, length)
             reference = lower(program, kept, frozen, prompt, features, completions.tokens)
         batch = UpdateBatch(
             prompt=prompt,

@@ -22,7 +22,7 @@ from jaxgrpo.inputs import (
     prepare,
     prompt_loader,
 )
-from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
+from jaxgrpo.load import open_policy, open_processor, open_trained, weight_steps
 from jaxgrpo.metrics import CompileCounter, Progress
 from jaxgrpo.policy import Params
 from jaxgrpo.processes import start_processes
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
         run.check_best({record.task for record in inputs.evaluation.records})
         run.keep_to(
             inputs.train.plan,
-            weight_steps(config.model.path) if config.model.freeze_vision else [],
+            weight_steps(config.model.path) if config.base_needed else [],
             inputs.excluded,
         )
         targets = TargetLoader(prompt_loader(inputs, inputs.train, config.data), length)
@@ -83,11 +83,13 @@ def main(config: Config) -> None:
             targets.completion(item)  # one that is too long is named now, not in the middle
 
         # ---- weights, optimiser, programs ----
-        policy = open_policy(config.model, processor, mesh, temperature=1.0)
+        policy = open_policy(
+            config.model, processor, mesh, temperature=1.0, lora=config.lora.adapters
+        )
         weights = lower_weights(config, mesh, policy, config.sft.steps, reference=False)
         frozen: Params = {}
-        if run.first_step == 0 or config.model.freeze_vision:
-            params = open_params(config.model, policy.config, mesh, config.seed)
+        if run.first_step == 0 or config.base_needed:
+            params = open_trained(config, policy.config, mesh)
             trained, frozen = split_frozen(params, config.model.freeze_vision)
             if run.first_step == 0:
                 state = weights.init.compile()(trained)

@@ -24,6 +24,7 @@ from jax.stages import Wrapped
 
 from jaxgrpo.config import ConfigError, MeshSection
 from models.layers import HEAD_AXIS, PROMPT_AXES
+from models.low_rank import NO_LORA, Lora
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.model import abstract_model, weight_axes
 
@@ -33,6 +34,7 @@ PROMPTS = PartitionSpec(PROMPT_AXES)  # the leading axis of every batch
 # Logical axis of a weight -> mesh axis, for training.
 RULES: dict[str, str | None] = {
     "layers": None,
+    "rank": None,
     "norm": None,
     "head_dim": None,
     "qkv": None,
@@ -157,7 +159,10 @@ def check_divides(
 
 
 def param_shardings(
-    config: ModelConfig, mesh: Mesh, rules: Mapping[str, str | None] = RULES
+    config: ModelConfig,
+    mesh: Mesh,
+    rules: Mapping[str, str | None] = RULES,
+    lora: Lora = NO_LORA,
 ) -> Any:
     """NamedShardings of every weight, in the nesting of the parameters.
 
@@ -167,17 +172,17 @@ def param_shardings(
         rules = {**rules, "kv_heads": None}
     return jax.tree.map(
         lambda names: NamedSharding(mesh, PartitionSpec(*(rules[name] for name in names))),
-        weight_axes(config),
+        weight_axes(config, lora),
         is_leaf=lambda node: isinstance(node, tuple),
     )
 
 
-def param_shapes(config: ModelConfig, mesh: Mesh) -> Any:
-    """The shapes of the master weights, float32, and how they lie on the mesh."""
+def param_shapes(config: ModelConfig, mesh: Mesh, lora: Lora = NO_LORA) -> Any:
+    """The shapes of the weights as declared, float32, and how they lie on the mesh."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract_model(config)[1],
-        param_shardings(config, mesh),
+        abstract_model(config, lora)[1],
+        param_shardings(config, mesh, lora=lora),
     )
 
 

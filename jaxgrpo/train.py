@@ -21,7 +21,7 @@ from jaxgrpo.config import Config, RolloutSection
 from jaxgrpo.dataset import online_plan, step_plan
 from jaxgrpo.feed import Feed
 from jaxgrpo.inputs import PromptCollator, describe, prepare, prompt_loader
-from jaxgrpo.load import open_params, open_policy, open_processor, weight_steps
+from jaxgrpo.load import open_policy, open_processor, open_trained, weight_steps
 from jaxgrpo.metrics import CompileCounter, Laps, Progress
 from jaxgrpo.policy import Params
 from jaxgrpo.processes import start_processes
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
         say(describe(inputs))
         reward.truth(inputs.train.records, inputs.train.max_spans)  # what is missing is named now
         run.check_best({record.task for record in inputs.evaluation.records})
-        needs_base = bool(config.grpo.kl) or config.model.freeze_vision  # when it is resumed too
+        needs_base = bool(config.grpo.kl) or config.base_needed  # when it is resumed too
         run.keep_to(
             inputs.train.plan,
             weight_steps(config.model.path) if needs_base else [],
@@ -93,14 +93,20 @@ def main(config: Config) -> None:
         )
 
         # ---- weights: policy, reference, optimiser ----
-        policy = open_policy(config.model, processor, mesh, temperature=config.rollout.temperature)
+        policy = open_policy(
+            config.model,
+            processor,
+            mesh,
+            temperature=config.rollout.temperature,
+            lora=config.lora.adapters,
+        )
         weights = lower_weights(
             config, mesh, policy, config.train.steps, reference=bool(config.grpo.kl)
         )
-        reference = None
+        reference: Params = {}  # with adapters it is what is frozen
         frozen: Params = {}
         if run.first_step == 0 or needs_base:
-            params = open_params(config.model, policy.config, mesh, config.seed)
+            params = open_trained(config, policy.config, mesh)
             trained, frozen = split_frozen(params, config.model.freeze_vision)
             if weights.to_reference:
                 reference = weights.to_reference.compile()(trained, {})

@@ -48,7 +48,12 @@ class UpdateBatch(NamedTuple):
 
 
 def split_frozen(params: Params, freeze_vision: bool) -> tuple[Params, Params]:
-    """(trained, frozen) weights; the frozen ones get no gradient and no optimiser state."""
+    """(trained, frozen) weights; the frozen ones get no gradient and no optimiser state.
+
+    Where there are adapters ("lora"), they alone are trained.
+    """
+    if "lora" in params:
+        return {"lora": params["lora"]}, {k: v for k, v in params.items() if k != "lora"}
     if not freeze_vision:
         return params, {}
     return {"text": params["text"]}, {"vision": params["vision"]}

@@ -12,6 +12,8 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from models.low_rank import Adapter
+
 # What of a layer is kept for the backward pass, the rest being computed again: everything; what
 # products of matrices and attention give; nothing but its input.
 Remat = Literal["none", "products", "layer"]
@@ -49,7 +51,7 @@ def rematerialised(body: Callable[P, R], remat: Remat) -> Callable[P, R]:
     return jax.checkpoint(body, policy=None if remat == "layer" else kept, prevent_cse=False)
 
 
-def project(x: Array, weight: nnx.Param, axes: int = 1) -> Array:
+def project(x: Array, weight: nnx.Param, axes: int = 1, adapter: Adapter | None = None) -> Array:
     """[..., *inputs] times a weight [*inputs, *outputs] -> [..., *outputs].
 
     All tokens become the rows of one plain matrix product: left as batch axes, XLA transposes them
@@ -57,10 +59,16 @@ def project(x: Array, weight: nnx.Param, axes: int = 1) -> Array:
 
     Args:
       axes: how many axes `inputs` stands for.
+      adapter: A [*inputs, R] and B [R, *outputs], for x W + s (x A) B.
     """
     inputs, outputs = weight.shape[:axes], weight.shape[axes:]
     rows = x.reshape(-1, math.prod(inputs))
     product = rows @ weight[...].reshape(math.prod(inputs), math.prod(outputs))
+    if adapter is not None:
+        a, b = adapter.a[...], adapter.b[...]
+        rank = a.shape[-1]
+        narrow = rows @ a.reshape(-1, rank) * adapter.scale
+        product = product + narrow @ b.reshape(rank, -1)
     return product.reshape(*x.shape[: x.ndim - axes], *outputs)
 
 

@@ -22,6 +22,7 @@ from jax import Array
 from models.attention import attend_shared_prompt
 from models.attention_backend import XLA, Backend, attend_groups, attend_prompts
 from models.layers import Remat
+from models.low_rank import NO_LORA, Lora, add_low_rank
 from models.parameter import logical_axes
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.processor import Prompt
@@ -48,10 +49,10 @@ class CompletionCache(NamedTuple):
 class Qwen2_5_VL(nnx.Module):
     """The model. Build it under `nnx.eval_shape` and load weights; see `weights.py`."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, lora: Lora = NO_LORA):
         self.config = config
-        self.vision = VisionTower(config.vision, rngs)
-        self.text = Decoder(config.text, rngs)
+        self.vision = VisionTower(config.vision, rngs, lora)
+        self.text = Decoder(config.text, rngs, lora)
 
     def encode_vision(
         self, prompt: Prompt, *, remat: Remat = "none", backend: Backend = XLA
@@ -217,16 +218,21 @@ def _last(hidden: Array, length: Array) -> Array:
     return jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
 
 
-def abstract_model(config: ModelConfig) -> tuple[Any, dict[str, Any]]:
-    """(graphdef, shapes of the weights) without allocating anything; any real size in seconds."""
-    model = nnx.eval_shape(lambda: Qwen2_5_VL(config, nnx.Rngs(0)))
+def abstract_model(config: ModelConfig, lora: Lora = NO_LORA) -> tuple[Any, dict[str, Any]]:
+    """(graphdef, shapes of the weights) without allocating anything; any real size in seconds.
+
+    With `lora` the shapes have a third part, "lora", and `with_adapters` gives what the graphdef
+    takes.
+    """
+    model = nnx.eval_shape(lambda: Qwen2_5_VL(config, nnx.Rngs(0), lora))
     graphdef, state = nnx.split(model)
-    return graphdef, nnx.to_pure_dict(state)
+    return graphdef, _adapters_apart(nnx.to_pure_dict(state))
 
 
-def weight_axes(config: ModelConfig) -> dict[str, Any]:
+def weight_axes(config: ModelConfig, lora: Lora = NO_LORA) -> dict[str, Any]:
     """The logical axes of every weight, in the nesting of the parameters."""
-    return logical_axes(nnx.eval_shape(lambda: Qwen2_5_VL(config, nnx.Rngs(0))))
+    model = nnx.eval_shape(lambda: Qwen2_5_VL(config, nnx.Rngs(0), lora))
+    return _adapters_apart(logical_axes(model))
 
 
 def random_params(config: ModelConfig, seed: int, shardings: Any = None) -> dict[str, Any]:
@@ -237,3 +243,56 @@ def random_params(config: ModelConfig, seed: int, shardings: Any = None) -> dict
         return nnx.to_pure_dict(nnx.state(Qwen2_5_VL(config, rngs)))
 
     return jax.jit(init, out_shardings=shardings)(np.int32(seed))
+
+
+def random_adapters(
+    config: ModelConfig, lora: Lora, seed: int, shardings: Any = None
+) -> dict[str, Any]:
+    """Initial adapters, float32: {"text": {name: {"a", "b"}}, "vision": ...}, what has any."""
+
+    def init(seed: Array) -> dict[str, Any]:
+        rngs = nnx.Rngs(params=jax.random.key(seed))
+        whole = nnx.to_pure_dict(nnx.state(Qwen2_5_VL(config, rngs, lora)))
+        adapters: dict[str, Any] = _adapters_apart(whole)["lora"]
+        return adapters
+
+    return jax.jit(init, out_shardings=shardings)(np.int32(seed))
+
+
+# ---- adapters: apart in the parameters (they alone are trained), inside in the model ----
+
+_STACKS = {"text": "layers", "vision": "blocks"}  # part -> its module of stacked layers
+
+
+def with_adapters(params: dict[str, Any]) -> dict[str, Any]:
+    """{"text", "vision", "lora"} -> the nesting of a model that was built with adapters."""
+    whole = {part: params[part] for part in params if part != "lora"}
+    for part, pairs in params["lora"].items():
+        stack = _STACKS[part]
+        whole[part] = whole[part] | {stack: whole[part][stack] | {"low_rank": pairs}}
+    return whole
+
+
+def _adapters_apart(whole: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `with_adapters`; a tree without adapters is returned as it is."""
+    params, lora = dict(whole), {}
+    for part, stack in _STACKS.items():
+        layers = dict(whole[part][stack])
+        if pairs := layers.pop("low_rank", None):
+            lora[part] = pairs
+        params[part] = whole[part] | {stack: layers}
+    return params | {"lora": lora} if lora else params
+
+
+def merge_adapters(params: dict[str, Any], scale: float, dtype: Any) -> dict[str, Any]:
+    """{"text", "vision", "lora"} -> {"text", "vision"}, with W + s A B where there is a pair.
+
+    The sums are made in float32; all that has a pair comes back in `dtype`, the rest as it is.
+    """
+    merged = {part: params[part] for part in params if part != "lora"}
+    for part, pairs in params["lora"].items():
+        if part in merged:
+            stack = _STACKS[part]
+            layers = add_low_rank(merged[part][stack], pairs, scale, dtype)
+            merged[part] = merged[part] | {stack: layers}
+    return merged

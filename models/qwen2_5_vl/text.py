@@ -29,6 +29,7 @@ from models.layers import (
     rotate_half,
     split_by_prompt,
 )
+from models.low_rank import NO_LORA, Lora, adapters
 from models.parameter import parameter
 from models.qwen2_5_vl.config import TextConfig
 
@@ -40,7 +41,7 @@ Attention = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any, Any]]
 class DecoderLayers(nnx.Module):
     """All decoder layers, stacked along a leading axis L; one layer without it."""
 
-    def __init__(self, config: TextConfig, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs, lora: Lora = NO_LORA):
         n_layers, d, f = config.layers, config.width, config.mlp_width
         n, k, h = config.heads, config.kv_heads, config.head_dim
         w = partial(parameter, rngs)
@@ -59,30 +60,47 @@ class DecoderLayers(nnx.Module):
         self.gate = w((n_layers, d, f), ("layers", "embed", "mlp"), d)
         self.up = w((n_layers, d, f), ("layers", "embed", "mlp"), d)
         self.down = w((n_layers, f, d), ("layers", "mlp", "embed"), f)
+        self.low_rank = adapters(
+            rngs,
+            lora,
+            {
+                "text.attention": {
+                    "q": (self.q, 1),
+                    "k": (self.k, 1),
+                    "v": (self.v, 1),
+                    "o": (self.o, 2),
+                },
+                "text.mlp": {"gate": (self.gate, 1), "up": (self.up, 1), "down": (self.down, 1)},
+            },
+        )
 
     def query_key_value(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """[*B, T, D] -> rotated q [*B, T, N, H], rotated k and v [*B, T, K, H]."""
         y = rms_norm(x, self.attention_norm[...], self.norm_eps)
-        q = project(y, self.q) + self.q_bias[...]
-        k = project(y, self.k) + self.k_bias[...]
-        v = project(y, self.v) + self.v_bias[...]
+        low = self.low_rank
+        q = project(y, self.q, adapter=low.get("q")) + self.q_bias[...]
+        k = project(y, self.k, adapter=low.get("k")) + self.k_bias[...]
+        v = project(y, self.v, adapter=low.get("v")) + self.v_bias[...]
         cos, sin = cos[..., None, :], sin[..., None, :]
         return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin, v
 
     def finish(self, x: Array, attended: Array) -> Array:
         """Adds the projected attention [*B, T, N, H] and the SwiGLU MLP to [*B, T, D]."""
-        x = x + project(attended, self.o, axes=2)
+        low = self.low_rank
+        x = x + project(attended, self.o, axes=2, adapter=low.get("o"))
         y = rms_norm(x, self.mlp_norm[...], self.norm_eps)
-        return x + project(jax.nn.silu(project(y, self.gate)) * project(y, self.up), self.down)
+        gate = jax.nn.silu(project(y, self.gate, adapter=low.get("gate")))
+        up = project(y, self.up, adapter=low.get("up"))
+        return x + project(gate * up, self.down, adapter=low.get("down"))
 
 
 class Decoder(nnx.Module):
     """Token embeddings, the layers, the final norm and the output head."""
 
-    def __init__(self, config: TextConfig, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs, lora: Lora = NO_LORA):
         self.config = config
         self.embed = parameter(rngs, (config.vocab, config.width), ("vocab", "embed"), config.width)
-        self.layers = DecoderLayers(config, rngs)
+        self.layers = DecoderLayers(config, rngs, lora)
         self.norm = parameter(rngs, (config.width,), ("norm",), init="ones")
         if not config.tied:
             self.head = parameter(

@@ -32,6 +32,7 @@ from models.layers import (
     rotate_half,
     split_by_prompt,
 )
+from models.low_rank import NO_LORA, Lora, adapters
 from models.parameter import parameter
 from models.qwen2_5_vl.config import VisionConfig
 
@@ -84,7 +85,7 @@ def invert(index: Array, rows: int) -> Array:
 class VisionBlocks(nnx.Module):
     """All transformer blocks, stacked along a leading block axis B; one block without it."""
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, lora: Lora = NO_LORA):
         b, d, a, h, f = (
             config.depth,
             config.width,
@@ -109,22 +110,31 @@ class VisionBlocks(nnx.Module):
         self.up_bias = bias((b, f), ("layers", mlp))
         self.down = w((b, f, d), ("layers", mlp, embed), f)
         self.down_bias = bias((b, d), ("layers", "norm"))
+        self.low_rank = adapters(
+            rngs,
+            lora,
+            {
+                "vision.attention": {"qkv": (self.qkv, 1), "proj": (self.proj, 2)},
+                "vision.mlp": {"gate": (self.gate, 1), "up": (self.up, 1), "down": (self.down, 1)},
+            },
+        )
 
     def query_key_value(self, x: Array, cos: Array, sin: Array) -> Array:
         """[P, N, D] -> rotated [P, N, A, 3, H]; the rotation runs in float32, then casts back."""
         y = rms_norm(x, self.norm1[...], _NORM_EPS)
-        qkv = project(y, self.qkv) + self.qkv_bias[...]
+        qkv = project(y, self.qkv, adapter=self.low_rank.get("qkv")) + self.qkv_bias[...]
         qk, v = qkv[..., :2, :].astype(jnp.float32), qkv[..., 2:, :]
         qk = qk * cos[:, :, None, None] + rotate_half(qk) * sin[:, :, None, None]
         return jnp.concatenate([qk.astype(v.dtype), v], axis=-2)
 
     def finish(self, x: Array, attended: Array) -> Array:
         """Adds the projected attention [P, N, A, H] and the SwiGLU MLP to the stream [P, N, D]."""
-        x = x + project(attended, self.proj, axes=2) + self.proj_bias[...]
+        low = self.low_rank
+        x = x + project(attended, self.proj, axes=2, adapter=low.get("proj")) + self.proj_bias[...]
         y = rms_norm(x, self.norm2[...], _NORM_EPS)
-        gate = jax.nn.silu(project(y, self.gate) + self.gate_bias[...])
-        up = project(y, self.up) + self.up_bias[...]
-        return x + project(gate * up, self.down) + self.down_bias[...]
+        gate = jax.nn.silu(project(y, self.gate, adapter=low.get("gate")) + self.gate_bias[...])
+        up = project(y, self.up, adapter=low.get("up")) + self.up_bias[...]
+        return x + project(gate * up, self.down, adapter=low.get("down")) + self.down_bias[...]
 
 
 class VisionMerger(nnx.Module):
@@ -152,12 +162,12 @@ class VisionMerger(nnx.Module):
 class VisionTower(nnx.Module):
     """uint8 patches -> features that stand in for the prompt's image and video tokens."""
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, lora: Lora = NO_LORA):
         self.config = config
         self.patch_embed = parameter(
             rngs, (config.patch_dim, config.width), ("patch", "vision_embed"), config.patch_dim
         )
-        self.blocks = VisionBlocks(config, rngs)
+        self.blocks = VisionBlocks(config, rngs, lora)
         self.merger = VisionMerger(config, rngs)
 
     def __call__(

@@ -33,7 +33,9 @@ from jaxgrpo.sharding import make_mesh
 from jaxgrpo.update import UpdateBatch, grpo_gradients, split_frozen
 from models.attention import attend_completions
 from models.attention_backend import Backend
+from models.low_rank import Lora
 from models.qwen2_5_vl.config import ModelConfig
+from models.qwen2_5_vl.model import random_adapters
 from models.qwen2_5_vl.positions import Grid
 from models.qwen2_5_vl.processor import Prompt
 from models.qwen2_5_vl.sizes import Size
@@ -110,6 +112,10 @@ PLAIN = Step(BUCKET, prompts=2, group=3, length=8, logit_chunk=3)
 # Two blocks of the prompt's queries, one of the completions': see the last section for more.
 CHUNKED = dataclasses.replace(PLAIN, backend=Backend(chunk=24), remat="layer")
 FROZEN = dataclasses.replace(PLAIN, freeze_vision=True)
+# Everything has adapters and is computed again; the decoder's MLPs alone, nothing computed again.
+EVERYWHERE = ("text.attention", "text.mlp", "vision.attention", "vision.mlp")
+ADAPTED = dataclasses.replace(CHUNKED, lora=Lora(3, 6.0, EVERYWHERE))
+ADAPTED_MLP = dataclasses.replace(FROZEN, lora=Lora(3, 6.0, ("text.mlp",)))
 
 
 def executed(program: Any, config: ModelConfig) -> Work:
@@ -123,6 +129,7 @@ def shapes_of(small: SmallModel, step: Step) -> tuple[Any, Any, Any, Any]:
         remat=step.remat,
         logit_chunk=step.logit_chunk,
         backend=step.backend,
+        lora=step.lora,
     )
     mesh = make_mesh(MeshSection(data=1), jax.devices()[:1])
     prompt = prompt_shapes(mesh, policy.config.vision, step.bucket, step.prompts)
@@ -164,10 +171,13 @@ def test_a_reference_pass_executes_the_formula(small: SmallModel, step: Step) ->
     check(executed(lowered, policy.config), reference_flops(policy.config, step))
 
 
-@pytest.mark.parametrize("step", [CHUNKED, FROZEN])
+@pytest.mark.parametrize("step", [CHUNKED, FROZEN, ADAPTED, ADAPTED_MLP])
 def test_an_update_executes_the_formula(small: SmallModel, step: Step) -> None:
     policy, _, prompt, features = shapes_of(small, step)
-    trained, frozen = split_frozen(small.params, step.freeze_vision)
+    params = small.params
+    if step.lora.rank:
+        params = params | {"lora": random_adapters(policy.config, step.lora, 0)}
+    trained, frozen = split_frozen(params, step.freeze_vision)
     per_completion = jax.ShapeDtypeStruct((step.prompts, step.group), np.float32)
     batch = UpdateBatch(
         prompt=prompt,

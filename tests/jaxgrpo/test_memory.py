@@ -10,6 +10,7 @@ import pytest
 from jaxgrpo.config import (
     Config,
     DataSection,
+    LoraSection,
     MeshSection,
     ModelSection,
     OptimSection,
@@ -87,6 +88,20 @@ def test_a_frozen_tower_keeps_no_activations() -> None:
     model = dataclasses.replace(CONFIG.model, freeze_vision=True)
     frozen = counted("update", dataclasses.replace(CONFIG, model=model))
     assert frozen["activations kept"] * GIB == pytest.approx(8 * 120 * 3 * 64 * 2)
+
+
+def test_adapters_of_the_decoder_leave_the_frozen_weights_as_they_are() -> None:
+    """No copy of them in another type, no gradients, and no activations of the vision tower."""
+    config = dataclasses.replace(CONFIG, lora=LoraSection(rank=8))
+    mesh = make_mesh(MeshSection(data=1), jax.devices()[:1])
+    held = {"weights": 0.1, "optimiser": 0.2, "frozen weights": 2.0, "reference": 0.0}
+    held["sampler's copy"] = 2.0
+    found = count("update", config, MODEL, BUCKET, mesh, XLA, held)
+    assert found["weights"] == pytest.approx(2.1)
+    assert found["gradients"] == 0.1 and found["weights in the compute type"] == 0.05
+    assert found["activations kept"] * GIB == pytest.approx(8 * 120 * 3 * 64 * 2)
+    reference = count("reference", config, MODEL, BUCKET, mesh, XLA, held)
+    assert reference["weights"] == 2.0
 
 
 def test_without_recomputation_every_layer_is_kept() -> None:

@@ -242,6 +242,28 @@ def test_gpus_are_planned_without_a_compiler(model_path: str) -> None:
     assert "counted" in table(plan)
 
 
+def test_adapters_are_planned_beside_frozen_weights(model_path: str) -> None:
+    """Nothing frozen in float32, no reference but what is frozen, a merged copy for sampling."""
+    config = config_of(
+        model_path,
+        mesh={},
+        rollout={"prompts": 2, "group": 2, "max_new_tokens": 64},
+        eval={"batch": 2},
+        lora={"rank": 16},
+    )
+    assert config.grpo.kl
+    plan = make_plan(config, find("h100:1"), lambda text: None)
+    held = plan.resident_gib
+    assert held["frozen weights"] == held["sampler's copy"] and not held["reference"]
+    width, heads, kv_heads, mlp = 2048, 2048, 256, 11008
+    one_layer = 16 * (2 * (width + heads) + 2 * (width + kv_heads) + 3 * (width + mlp))
+    assert held["weights"] * 2**30 == 2 * one_layer * 4
+    assert held["optimiser"] == pytest.approx(2 * held["weights"], rel=1e-3)
+    programs = {p.name: p for p in plan.programs}
+    assert programs.keys() == {"publish", "rollout", "reference", "update"}
+    assert programs["update"].counted_gib["gradients"] == held["weights"]
+
+
 def test_too_much_for_a_gpu_is_seen(model_path: str) -> None:
     config = config_of(model_path, mesh={}, rollout={"prompts": 4, "max_new_tokens": 64})
     small = dataclasses.replace(find("h100:1"), usable_gib=5.0)
