@@ -9,8 +9,7 @@ take turns, each turn in a process of its own that compiles, warms up and then m
 anything is timed, all sides must find the same gradient norm on given completions.
 
 No other trainer takes videos. On text alone (text-512) the other sides are TRL's and Tunix's, where
-they are installed, with models of the same sizes; they may have Pythons of their own, which need
-this repository's dependencies too.
+they are installed; they may have Pythons of their own, with what `.[test]` installs beside them.
 
 A step during which other processes used more than a tenth of the CPUs is left out and counted.
 """
@@ -29,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.grpo.text import write_text_part
 from benchmarks.grpo.workload import WORKLOADS, Workload, write_model
 
 SIDES = {
@@ -38,7 +38,12 @@ SIDES = {
     "trl": "TRL GRPOTrainer",
     "tunix": "Tunix GRPOLearner",
 }
-MODULES = {"trl": "trl", "tunix": "tunix.rl.grpo.grpo_learner"}  # that a side needs besides
+# What a side of another library must be able to import.
+NEEDED = {
+    "trl": "from trl import GRPOTrainer",
+    "tunix": "from tunix.rl.grpo.grpo_learner import GRPOLearner",
+}
+TEXT = "text"  # folder of the model's text part, beside the model
 MOST_OTHERS = 0.1  # share of the CPUs that other processes may use during a step
 # By how much gradient norms may differ between the sides.
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
@@ -46,13 +51,15 @@ GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 def sides_of(workload: Workload) -> tuple[str, ...]:
     """Who can do it."""
-    return ("ours", "usual", "best") if workload.video else ("ours", *MODULES)
+    return ("ours", "usual", "best") if workload.video else ("ours", *NEEDED)
 
 
-def is_there(side: str, python: str) -> bool:
-    """Whether a side's package can be imported."""
-    command = [python, "-c", f"import {MODULES[side]}"] if side in MODULES else ["true"]
-    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+def missing(side: str, python: str) -> str | None:
+    """Why a side cannot be measured with this Python; None: it can."""
+    if side not in NEEDED:
+        return None
+    done = subprocess.run([python, "-c", NEEDED[side]], check=False, capture_output=True, text=True)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
 
 
 def turn(side: str, name: str, directory: Path, steps: int, python: str) -> list[dict[str, Any]]:
@@ -72,11 +79,14 @@ def be(side: str, workload: Workload, directory: Path, steps: int) -> None:
         from benchmarks.grpo import ours
 
         lines = ours.run(workload, directory, steps)
-    elif side in MODULES:
-        from benchmarks.grpo import learners
+    elif side == "trl":
+        from benchmarks.grpo import trl
 
-        run = {"trl": learners.run_trl, "tunix": learners.run_tunix}[side]
-        lines = run(workload, steps)
+        lines = trl.run(workload, directory / TEXT, steps)
+    elif side == "tunix":
+        from benchmarks.grpo import tunix
+
+        lines = tunix.run(workload, directory / TEXT, steps)
     else:
         from benchmarks.grpo import pytorch
 
@@ -89,10 +99,10 @@ def be(side: str, workload: Workload, directory: Path, steps: int) -> None:
 
 
 def check_gradients(first: dict[str, dict[str, Any]], dtype: str) -> None:
-    """All sides do the same work, or nothing is compared; the trainers do not tell."""
+    """All sides do the same work, or nothing is compared; Tunix alone does not tell."""
     expected = first["ours"]["grad_norm"]
     for side, found in first.items():
-        if side in MODULES:
+        if "grad_norm" not in found and side == "tunix":
             continue
         if not abs(found["grad_norm"] / expected - 1) <= GRADIENT_TOLERANCE[dtype]:
             raise SystemExit(
@@ -156,7 +166,7 @@ def table(result: dict[str, Any]) -> str:
             f"{SIDES[side]:22}{''.join(f'{cell:>10}' for cell in cells)}"
             f"{seconds['step']:>10.3f}{rate:>10.1f}{found['peak_gib']:>10.2f}"
         )
-    lines += [f"{SIDES[side]:22}  not measured: not installed" for side in result["missing"]]
+    lines += [f"{SIDES[side]:22}not measured: {why}" for side, why in result["missing"].items()]
     lines.append("")
     for side, ratio in result["ratio"].items():
         memory = sides["ours"]["peak_gib"] / sides[side]["peak_gib"]
@@ -184,7 +194,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured in a turn")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
     parser.add_argument("--sides", nargs="*", choices=SIDES, help="default: all that can")
-    for side in MODULES:
+    for side in NEEDED:
         parser.add_argument(f"--{side}-python", default=sys.executable, help=f"that has {side}")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # in its own process
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
@@ -193,22 +203,24 @@ def main() -> None:
     if options.side:
         return be(options.side, workload, options.model, options.steps)
 
-    able = sides_of(workload)
-    pythons = {"trl": options.trl_python, "tunix": options.tunix_python}
-    asked = [side for side in options.sides or able if side in able]
-    missing = [side for side in asked if not is_there(side, pythons.get(side, sys.executable))]
+    pythons = dict.fromkeys(SIDES, sys.executable)
+    pythons |= {"trl": options.trl_python, "tunix": options.tunix_python}
+    possible = sides_of(workload)
+    wanted = options.sides or possible
+    if wrong := [side for side in wanted if side not in possible]:
+        parser.error(f"--sides: {options.workload} has {', '.join(possible)}; not {wrong[0]}")
+    absent = {side: why for side in wanted if (why := missing(side, pythons[side]))}
     first: dict[str, dict[str, Any]] = {}
-    steps: dict[str, list[dict[str, Any]]] = {side: [] for side in asked if side not in missing}
+    steps: dict[str, list[dict[str, Any]]] = {side: [] for side in wanted if side not in absent}
     with tempfile.TemporaryDirectory() as folder:
-        write_model(workload.model, workload.dtype, Path(folder))
+        model = Path(folder)
+        write_model(workload.model, workload.dtype, model)
+        if not workload.video:
+            write_text_part(workload.model, workload.dtype, model, model / TEXT)
         for number in range(options.rounds):
             for side in steps:
                 first[side], *measured = turn(
-                    side,
-                    options.workload,
-                    Path(folder),
-                    options.steps,
-                    pythons.get(side, sys.executable),
+                    side, options.workload, model, options.steps, pythons[side]
                 )
                 steps[side] += measured
                 shown = ", ".join(f"{step['step']:.2f}" for step in measured)
@@ -224,7 +236,7 @@ def main() -> None:
         "device": f"{first['ours']['device']} ({platform.machine()}, {os.cpu_count()} CPUs)",
         "versions": {name: version(name) for name in ("jax", "jaxlib", "torch", "transformers")}
         | {name: x for found in first.values() for name, x in found.get("versions", {}).items()},
-        "missing": missing,
+        "missing": absent,
         "dtype": workload.dtype,
         "tokens": {
             "video": workload.video.patches // 4 if workload.video else 0,

@@ -27,11 +27,10 @@ from jaxgrpo.programs import (
 )
 from jaxgrpo.scoring import open_reward
 from jaxgrpo.sharding import make_mesh, param_shardings, put_prompts, put_scalar
-from jaxgrpo.update import UpdateBatch
+from jaxgrpo.update import UpdateBatch, split_frozen
 from models.layers import Remat
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.processor import collate
-from tests.oracle.prompts import FIRST_TEXT_ID
 
 # Rewards are of written answers: the tokens of a random model say nothing.
 THOUGHT = "the red square enters from the left and stays until the blue one comes " * 4
@@ -50,15 +49,19 @@ def written(group: int) -> list[str]:
 def settings(workload: Workload, directory: Path) -> Config:
     remat: Remat = "layer" if workload.remat else "products"
     dtype: Any = workload.dtype
-    model = ModelSection(str(directory), compute_dtype=dtype, remat=remat)
+    # Other libraries' model of text has no vision tower: ours has one that is neither used nor kept
+    # in the optimiser.
+    model = ModelSection(
+        str(directory), compute_dtype=dtype, remat=remat, freeze_vision=workload.video is None
+    )
     rollout = RolloutSection(prompts=1, group=workload.group, max_new_tokens=workload.length)
     data = DataSection(train="-", eval="-")
     return Config("-", model, data, rollout=rollout, grpo=GrpoSection(kl=0.0, entropy=0.0))
 
 
-def vocabulary(config: ModelConfig) -> Vocabulary:
-    """All text ids, none of which ends a completion."""
-    return Vocabulary(np.arange(config.text.vocab) >= FIRST_TEXT_ID, (), PAD)
+def vocabulary(config: ModelConfig, unusable: int) -> Vocabulary:
+    """All ids but the first ones, none of which ends a completion."""
+    return Vocabulary(np.arange(config.text.vocab) >= unusable, (), PAD)
 
 
 def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, Any]]:
@@ -67,9 +70,8 @@ def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, A
     model_config = ModelConfig.load(directory)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     backend = choose_backend(config.model, jax.devices()[0].platform)
-    policy = make_policy(
-        config.model, model_config, vocabulary(model_config), backend, temperature=1.0
-    )
+    ids = vocabulary(model_config, workload.unusable)
+    policy = make_policy(config.model, model_config, ids, backend, temperature=1.0)
     prompts = [
         put_prompts(mesh, collate([prompt], prompt.size, PAD))
         for prompt in (workload.prompt(seed) for seed in range(steps + 1))
@@ -88,17 +90,20 @@ def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, A
     compiled = time.perf_counter() - begun
 
     params = load_params(directory, model_config, param_shardings(model_config, mesh))
-    state = weights.init.compile()(params)
-    del params
-    sampler = to_sampler(state.params, {})
+    trained, frozen = split_frozen(params, config.model.freeze_vision)
+    state = weights.init.compile()(trained)
+    del params, trained
+    sampler = to_sampler(state.params, frozen)
     seed = put_scalar(mesh, 0)
     texts = [written(workload.group)]
 
-    def update(completions: Any, logp: Any, advantages: Any, prompt: Any) -> dict[str, float]:
+    def update(
+        completions: Any, logp: Any, advantages: Any, prompt: Any, features: Any
+    ) -> dict[str, float]:
         nonlocal state, sampler
         batch = UpdateBatch(
             prompt=prompt,
-            features=None,
+            features=features,
             completions=completions,
             lengths=jnp.full((1, workload.group), workload.length, jnp.int32),
             finished=jnp.zeros((1, workload.group), bool),
@@ -108,17 +113,17 @@ def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, A
             ref_logp=None,
         )
         del sampler
-        state, metrics, _ = programs.learn[workload.length].update(state, {}, batch)
-        sampler = to_sampler(state.params, {})
+        state, metrics, _ = programs.learn[workload.length].update(state, frozen, batch)
+        sampler = to_sampler(state.params, frozen)
         found = jax.device_get(metrics)
         jax.block_until_ready(sampler)
         return {name: float(value) for name, value in found.items()}
 
     # ---- one step on given completions: every side must find the same gradient ----
-    rollout, _ = programs.rollout(sampler, prompts[0], seed, put_scalar(mesh, 0))
+    rollout, features = programs.rollout(sampler, prompts[0], seed, put_scalar(mesh, 0))
     given = jax.device_put(workload.completions(0)[None], rollout.tokens.sharding)
     advantages = jax.device_put(workload.advantages()[None], jax.tree.leaves(rollout)[0].sharding)
-    known = update(given, rollout.sampler_logp, advantages, prompts[0])
+    known = update(given, rollout.sampler_logp, advantages, prompts[0], features)
     step = Step(
         size, 1, workload.group, workload.length, config.model.logit_chunk, backend,
         config.model.remat,
@@ -139,13 +144,15 @@ def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, A
     # ---- the steps ----
     for number in range(1, steps + 1):
         watch = Stopwatch()
-        rollout, _ = programs.rollout(sampler, prompts[number], seed, put_scalar(mesh, number))
+        rollout, features = programs.rollout(
+            sampler, prompts[number], seed, put_scalar(mesh, number)
+        )
         lengths = jax.device_get((rollout.tokens, rollout.lengths))[1]
         watch.phase("rollout")
         answers = reward.read(texts, [RECORD], lengths)
         scores = score(*put_prompts(mesh, (answers, reward.truth([RECORD], 1))))
         watch.phase("rewards")
-        update(rollout.tokens, rollout.sampler_logp, scores.advantages, prompts[number])
+        update(rollout.tokens, rollout.sampler_logp, scores.advantages, prompts[number], features)
         watch.phase("update")
         assert int(np.min(lengths)) == workload.length
         yield watch.result() | {"gib": peak_gib()}

@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Workload(NamedTuple):
-    """One video and one question, or text alone, and G completions of C tokens."""
+    """One video and one question, or text alone, G completions of C tokens."""
 
     model: str  # "3b", "32m", or "100k" for tests
-    video: Grid | None  # patches: t grids of h x w; four make a token; None: text alone
+    video: Grid | None  # patches: t grids of h x w; four make a token
     text: int  # tokens of the prompt beside the video's
     group: int  # G
     length: int  # C
@@ -41,7 +41,7 @@ class Workload(NamedTuple):
         return [before, self.video, self.text - before - 2]
 
     def prompt(self, seed: int) -> Prompt:
-        """The prompt; every seed shows another video."""
+        """The prompt; every seed makes another."""
         rng = np.random.default_rng(seed)
         return random_prompt(rng, self.layout, vocab=self.vocab, seconds_per_grid=SECONDS_PER_GRID)
 
@@ -54,6 +54,11 @@ class Workload(NamedTuple):
     def advantages(self) -> np.ndarray:
         """f32[G], as of a group of which half is right."""
         return np.where(np.arange(self.group) % 2, 1.0, -1.0).astype(np.float32)
+
+    @property
+    def unusable(self) -> int:
+        """So many ids, the first ones, are never drawn; libraries for text can draw all."""
+        return 0 if self.video is None else FIRST_TEXT_ID
 
     @property
     def vocab(self) -> int:

@@ -44,11 +44,13 @@ def test_text_alone_is_for_the_trainers_that_take_no_videos(tmp_path: Path) -> N
     assert len(text.prompt(0).tokens) == 20 and known["grad_norm"] > 0 and step["step"] > 0
 
 
-def test_a_package_that_is_not_there_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(grpo_step.MODULES, "trl", "no_such_package")
-    assert not grpo_step.is_there("trl", sys.executable)
-    monkeypatch.setitem(grpo_step.MODULES, "trl", "json")
-    assert grpo_step.is_there("trl", sys.executable) and grpo_step.is_there("ours", "-")
+def test_a_side_that_cannot_be_imported_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(grpo_step.NEEDED, "trl", "import no_such_library")
+    why = grpo_step.missing("trl", sys.executable)
+    assert why == "ModuleNotFoundError: No module named 'no_such_library'"
+    assert grpo_step.missing("ours", sys.executable) is None
 
 
 def test_the_phases_of_a_step_are_the_step(lines: dict[str, list[dict[str, Any]]]) -> None:
@@ -72,6 +74,7 @@ def test_the_workloads_are_of_the_stated_sizes() -> None:
     for name, tokens, of_video in [
         ("cpu-1024", 1100, 1024),
         ("cpu-2048", 2150, 2048),
+        ("text-512", 512, 0),
         ("gpu-3b-2048", 2150, 2048),
         ("gpu-3b-8192", 8294, 8192),
     ]:
