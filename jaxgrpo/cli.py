@@ -79,7 +79,7 @@ class ExportOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code of the process."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     # transformers would advise to install PyTorch; only its tokenizers are used.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):  # names from files may be no valid Unicode
@@ -119,6 +119,18 @@ def _failed(code: int) -> int:
 
         end_soon(code)
     return code
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand behind options, where argparse expects none."""
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    if unknown := [word for word in others if word.startswith("-") or "overrides" not in options]:
+        known = f"see jaxgrpo {options.command} -h"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {known}")
+    if others:
+        options.overrides += others
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

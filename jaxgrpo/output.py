@@ -21,9 +21,8 @@ def check_free(out: str | Path) -> None:
         raise OutputError(f"{out}: write to a local folder, then copy that to the bucket")
     folder = Path(out)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise OutputError(
-            f"{out} exists and is not an empty directory: remove it or name another one"
-        )
+        found = "exists and is not an empty directory" if folder.is_dir() else "exists"
+        raise OutputError(f"{out} {found}: remove it or name another one")
 
 
 @contextmanager

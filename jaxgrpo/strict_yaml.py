@@ -142,7 +142,9 @@ def _value(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
     elif type(value) is hint:  # not isinstance: a bool is no int here
         return value
     else:
-        quoted = "" if value is None or isinstance(value, (dict, list)) else f', as in "{value}"'
+        quoted = "" if isinstance(value, (dict, list)) else f', as in "{value}"'
+        if value is None:  # what YAML makes of key= and, behind a shell, of key=""
+            quoted = f'; "" stands for none, on the command line {key}=\'""\''
         expected = {int: "a whole number", bool: "true or false", str: f"text{quoted}"}[hint]
     problems.append(f"{key} is {_describe(value)}, expected {expected}")
     return None

@@ -296,7 +296,7 @@ def main(config: Config) -> None:
                     metrics["groups/teaching"] = 1 - float(kept.scores.zero_variance.mean())
                 if done % config.log.every == 0 or last:
                     run.write(done, "train", metrics)
-                    shown = samples(kept, processor.decode, config.log.samples)
+                    shown = samples(sampled, processor.decode, config.log.samples)
                     run.write_completions(done, "train", shown)
                 progress.update(metrics)
                 in_a_row = int(updated["skipped_in_a_row"])

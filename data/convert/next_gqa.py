@@ -74,6 +74,8 @@ def _record(
     if mapped is not None:
         if video not in mapped:
             raise Rejection("the video is not in --paths", f"found {short(video)}")
+        if not isinstance(mapped[video], str):
+            raise Rejection("--paths gives no text for the video", f"found {short(mapped[video])}")
         path = text(mapped, video)
     choices = options({"a0 to a4": [row[name] for name in _OPTIONS]}, "a0 to a4", labelled=False)
     duration: float | None = None
@@ -98,7 +100,9 @@ def _spans(
     """The duration of a video and the spans of one of its questions."""
     if video not in located:
         raise Rejection("the video is not in --spans", f"found {short(video)}")
-    entry = row_of(located[video])
+    entry = located[video]
+    if not isinstance(entry, dict):
+        raise Rejection("--spans gives no object for the video", f"found {short(entry)}")
     duration = length(entry.get("duration"), "duration in --spans")
     found = row_of(entry.get("location")).get(qid)
     if not isinstance(found, list) or not found:

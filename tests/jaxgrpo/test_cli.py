@@ -48,6 +48,20 @@ def test_a_command_runs_its_module_with_the_overridden_config(
     assert [c.seed for c in seen] == [3]
 
 
+def test_options_may_stand_between_overrides(
+    config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[str, int, str, bool]] = []
+    stand_in(
+        monkeypatch, "rescore", lambda run, c, json: seen.append((run, c.seed, c.data.train, json))
+    )
+    assert cli.main(["rescore", "runs/a", config_file, "seed=3", "--json", "data.train=b"]) == 0
+    assert seen == [("runs/a", 3, "b", True)]
+    with pytest.raises(SystemExit):
+        cli.main(["rescore", "runs/a", config_file, "--jsno", "seed=3"])
+    assert "unrecognized arguments: --jsno; see jaxgrpo rescore -h" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", ["source", "float32", "bfloat16"])
 def test_export_takes_a_source_a_place_a_type_and_a_step(
     dtype: str, monkeypatch: pytest.MonkeyPatch

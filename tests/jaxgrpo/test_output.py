@@ -33,13 +33,16 @@ def test_nothing_is_left_of_what_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("taken", ["out/mine.txt", "out"])
-def test_what_is_there_is_not_touched(tmp_path: Path, taken: str) -> None:
+@pytest.mark.parametrize(
+    ("taken", "found"),
+    [("out/mine.txt", "exists and is not an empty directory"), ("out", "exists")],
+)
+def test_what_is_there_is_not_touched(tmp_path: Path, taken: str, found: str) -> None:
     (tmp_path / taken).parent.mkdir(exist_ok=True)
     (tmp_path / taken).write_text("mine")
     out = tmp_path / "out"
     with (
-        pytest.raises(OutputError, match=f"{out} exists and is not an empty directory: remove it"),
+        pytest.raises(OutputError, match=f"{out} {found}: remove it"),
         new_directory(out, "export"),
     ):
         pytest.fail("the block was entered")

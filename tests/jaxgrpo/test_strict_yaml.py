@@ -73,6 +73,7 @@ def test_an_optional_section_is_none_until_given() -> None:
         ("{name: a, count: 1.5}", "count is the number 1.5, expected a whole number"),
         ("{name: a, count: null}", r"count is empty (null), expected a whole number"),
         ("{name: a, flag: 1}", "flag is the number 1, expected true or false"),
+        ("name:", 'name is empty (null), expected text; "" stands for none, on the command '),
         ("{name: 3}", 'name is the number 3, expected text, as in "3"'),
         ("{name: a, inner: {rate: fast}}", "inner.rate is the text 'fast', expected a finite"),
         ("{name: a, inner: {rate: .inf}}", "inner.rate is the number inf, expected a finite"),

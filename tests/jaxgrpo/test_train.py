@@ -178,6 +178,7 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
 REFILLED = (
     *("rollout.refills=2", "data.online.round=6", "eval.every=0", "eval.limit=2", "grpo.kl=0"),
     *("grpo.updates=2", "grpo.dual_clip=3", "grpo.importance_cap=2", "grpo.mask_truncated=true"),
+    "log.samples=-1",
 )
 
 
@@ -205,6 +206,11 @@ def test_a_run_with_every_knob_is_the_same_killed_and_on_two_processes(place: Wo
         assert line["groups/teaching"] == min((len(mine) - equal) / 4, 1)
         assert {"ratio", "clip_low", "clip_high", "dual_clip", "importance"} <= line.keys()
     assert any(line["ratio"] != 1 for line in lines)
+    # So are all completions, also those whose place another group took.
+    texts = (whole / "completions.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in texts if json.loads(line)["split"] == "train"]
+    first = [(line["step"], line["id"]) for line in found if line["sample"] == 0]
+    assert first == [(group["step"], group["id"]) for group in groups]
 
     tiny_run.run(place, "train", killed, *overrides, kill="update:4")
     tiny_run.run(place, "train", killed, *overrides, "data.workers=1")

@@ -97,6 +97,16 @@ def test_files_that_contradict_each_other_are_an_error(
     assert next_gqa.convert([files[0]], [files[1], files[1]], [files[2]]).records
 
 
+def test_files_given_for_another_option_are_named_by_one_reason(
+    files: tuple[Path, Path, Path],
+) -> None:
+    questions, spans, names = files
+    swapped = reasons(next_gqa.convert([questions], [names], []))
+    assert swapped["--spans gives no object for the video"] == 9
+    swapped = reasons(next_gqa.convert([questions], [], [spans]))
+    assert swapped["--paths gives no text for the video"] == 9
+
+
 def test_a_csv_of_another_dataset_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("video,question\n1,why\n")
     with pytest.raises(ConvertError, match="found none named video_id, answer, qid, a0"):
