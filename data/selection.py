@@ -3,7 +3,8 @@
 A group whose completions all earn the same has no advantages, and most items have such groups. The
 paper keeps the items whose rewards disagree (Temporal-RLT, arXiv 2506.01908): of answers that are
 right or wrong those that are sometimes right, of answers that are more or less right those whose
-scores spread most.
+scores spread most. The format's reward has no say: what spreads by it are answers that broke off,
+and those teach nothing about videos (docs/study.md has what came of it).
 """
 
 from __future__ import annotations
@@ -35,15 +36,26 @@ class Sampled(NamedTuple):
 
     Attributes:
       id, task: its record's.
-      std: standard deviation of the total reward.
       means, stds: by component of the answer's score, see DISCRETE and CONTINUOUS.
     """
 
     id: str
     task: str
-    std: float
     means: dict[str, float]
     stds: dict[str, float]
+
+    @property
+    def continuous(self) -> list[str]:
+        """The components of its answer that are more or less right."""
+        temporal = TEMPORAL in self.stds
+        names = (TEMPORAL if name == "iou" and temporal else name for name in CONTINUOUS)
+        return [name for name in names if name in self.stds]
+
+    @property
+    def spread(self) -> float:
+        """Sum of the standard deviations of its answer's components."""
+        discrete = [name for name in DISCRETE if name in self.stds]
+        return sum(self.stds[name] for name in [*discrete, *self.continuous])
 
 
 class Rules(NamedTuple):
@@ -54,7 +66,7 @@ class Rules(NamedTuple):
       spread: of a continuous component, the standard deviation is at least this, and not 0.
       share: of a task's items that teach, so large a part is kept, those that spread most.
       budget: by task, so many of these at most; None: all.
-      seed: orders items whose total rewards spread alike.
+      seed: orders items that spread alike.
     """
 
     right: tuple[float, float]
@@ -76,7 +88,7 @@ def verdicts(items: Sequence[Sampled], rules: Rules) -> dict[str, str]:
         if found[item.id] == KEPT:
             by_task.setdefault(item.task, []).append(item)
     for task, teaching in by_task.items():
-        teaching.sort(key=lambda item: (-item.std, _draw(rules.seed, item.id)))
+        teaching.sort(key=lambda item: (-item.spread, _draw(rules.seed, item.id)))
         share = math.ceil(rules.share * len(teaching))
         budget = rules.budget.get(task)
         for place, item in enumerate(teaching):
@@ -97,13 +109,10 @@ def _alone(item: Sampled, rules: Rules) -> str:
             if low < right < high:
                 return KEPT
             verdict = "always wrong" if right <= low else "always right"
-    for name in CONTINUOUS:
-        if name == "iou" and TEMPORAL in item.stds:
-            name = TEMPORAL
-        if name in item.stds:
-            if item.stds[name] >= rules.spread and item.stds[name] > 0:
-                return KEPT
-            verdict = "too alike"
+    for name in item.continuous:
+        if item.stds[name] >= rules.spread and item.stds[name] > 0:
+            return KEPT
+        verdict = "too alike"
     return verdict
 
 

@@ -291,7 +291,7 @@ def sampled(group: dict[str, Any]) -> Sampled:
     def of(prefix: str) -> dict[str, float]:
         return {k.removeprefix(prefix): v for k, v in group.items() if k.startswith(prefix)}
 
-    return Sampled(group["id"], group["task"], group["std"], of("mean/"), of("std/"))
+    return Sampled(group["id"], group["task"], of("mean/"), of("std/"))
 
 
 def table(found: list[tuple[str, str]]) -> str:

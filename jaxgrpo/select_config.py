@@ -9,7 +9,7 @@ from jaxgrpo.checks import RESUMABLE, at_least, check
 
 @dataclass(frozen=True)
 class BudgetSection:
-    """The most items of a task that are kept, those whose rewards spread most; null: all."""
+    """The most items of a task that are kept, those whose answers spread most; null: all."""
 
     mcqa: int | None = None
     tvg: int | None = None

@@ -13,16 +13,16 @@ ALL = Rules(right=(0.0, 1.0), spread=0.0, share=1.0, budget={}, seed=0)
 
 
 def choice(name: str, right: float) -> Sampled:
-    return Sampled(name, "mcqa", 0.5 * right, {"format": 1.0, "choice": right}, {"choice": 0.1})
+    return Sampled(name, "mcqa", {"format": 1.0, "choice": right}, {"choice": 0.1})
 
 
 def span(name: str, std: float) -> Sampled:
-    return Sampled(name, "tvg", std / 2, {"iou": 0.4}, {"iou": std})
+    return Sampled(name, "tvg", {"iou": 0.4}, {"iou": std})
 
 
 def both(name: str, right: float, std: float) -> Sampled:
     means, stds = {"choice": right, "iou": 0.4}, {"choice": 0.1, "iou": std}
-    return Sampled(name, "gqa", std, means, stds)
+    return Sampled(name, "gqa", means, stds)
 
 
 def test_of_right_and_wrong_answers_those_sometimes_right_are_kept() -> None:
@@ -44,7 +44,7 @@ def test_of_scored_answers_those_that_spread_are_kept() -> None:
 
 def test_where_the_reward_has_another_temporal_score_that_one_must_spread() -> None:
     """Spans beside the true one have an IoU of 0 throughout, and differ in the generalised IoU."""
-    item = Sampled("a", "tvg", 0.1, {"iou": 0.0, "temporal": 0.2}, {"iou": 0.0, "temporal": 0.1})
+    item = Sampled("a", "tvg", {"iou": 0.0, "temporal": 0.2}, {"iou": 0.0, "temporal": 0.1})
     assert verdicts([item], ALL) == {"a": KEPT}
     assert verdicts([item], ALL._replace(spread=0.2)) == {"a": "too alike"}
 
@@ -68,6 +68,15 @@ def test_share_and_budget_take_what_spreads_most_of_each_task() -> None:
     assert [found[name] for name in order[5:7]] == ["beyond the budget", "beyond the share"]
     assert Counter(found[f"m{i}"] for i in range(6)) == {KEPT: 2, "beyond the share": 4}
     assert set(found.values()) <= set(VERDICTS)
+
+
+def test_the_format_has_no_say_and_both_scores_of_an_answer_have() -> None:
+    broken = Sampled("a", "gqa", {}, {"format": 0.5, "choice": 0.0, "iou": 0.2})
+    fine = Sampled("b", "gqa", {}, {"format": 0.0, "choice": 0.1, "iou": 0.2})
+    other = Sampled("c", "gqa", {}, {"format": 0.0, "iou": 0.9, "temporal": 0.25})
+    assert [item.spread for item in (broken, fine, other)] == pytest.approx([0.2, 0.3, 0.25])
+    found = verdicts([broken, fine, other], ALL._replace(budget={"gqa": 1}))
+    assert found == {"a": "beyond the budget", "b": KEPT, "c": "beyond the budget"}
 
 
 def test_items_that_spread_alike_are_drawn_by_the_seed_whatever_their_order() -> None:

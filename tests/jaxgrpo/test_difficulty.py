@@ -11,10 +11,10 @@ from data.selection import Sampled
 from jaxgrpo.difficulty import panels, plot_difficulty
 
 ITEMS = [
-    Sampled("a", "mcqa", 0.2, {"choice": 0.5, "format": 1.0}, {"choice": 0.5}),
-    Sampled("b", "mcqa", 0.0, {"choice": 1.0, "format": 1.0}, {"choice": 0.0}),
-    Sampled("c", "tvg", 0.1, {"iou": 0.4}, {"iou": 0.2}),
-    Sampled("d", "gqa", 0.1, {"choice": 0.0, "iou": 0.4}, {"choice": 0.0, "iou": 0.2}),
+    Sampled("a", "mcqa", {"choice": 0.5, "format": 1.0}, {"choice": 0.5}),
+    Sampled("b", "mcqa", {"choice": 1.0, "format": 1.0}, {"choice": 0.0}),
+    Sampled("c", "tvg", {"iou": 0.4}, {"iou": 0.2}),
+    Sampled("d", "gqa", {"choice": 0.0, "iou": 0.4}, {"choice": 0.0, "iou": 0.2}),
 ]
 
 

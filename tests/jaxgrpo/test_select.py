@@ -169,7 +169,7 @@ def test_other_rules_need_no_model(
     assert not compilations.total
     [kept] = lines(again / "selected.jsonl")
     groups = [g for g in lines(again / "groups.jsonl") if g["task"] == "tvg" and "std" in g]
-    spreads = {group["id"]: group["std"] for group in groups}
+    spreads = {group["id"]: group["std/iou"] for group in groups}
     assert spreads[kept["id"]] == max(spreads.values())
     out = capsys.readouterr().out
     assert "only the rules are applied again" in out and "beyond the budget" in out
