@@ -59,7 +59,7 @@ def cpu_1024() -> tuple[Config, Policy, Size]:
     config = ours.settings(workload, Path("-"))
     model = ModelConfig.from_dict(raw_config(workload.model), source=workload.model)
     backend = choose_backend(config.model, "cpu")
-    policy = make_policy(config.model, model, ours.vocabulary(model), backend, temperature=1.0)
+    policy = make_policy(config.model, model, ours.vocabulary(workload), backend, temperature=1.0)
     return config, policy, workload.prompt(0).size
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxgrpo.checks import above_zero, at_least, check
-from models.low_rank import NO_LORA, Lora
+
+if TYPE_CHECKING:
+    from models.low_rank import Lora
 
 Target = Literal["text.attention", "text.mlp", "vision.attention", "vision.mlp"]
 
@@ -37,4 +39,6 @@ class LoraSection:
     @property
     def adapters(self) -> Lora:
         """What the model is built with."""
+        from models.low_rank import NO_LORA, Lora  # not above: see `cli`
+
         return Lora(self.rank, self.alpha, self.targets) if self.rank else NO_LORA

@@ -267,6 +267,9 @@ def choose(config: Config, folder: Path) -> None:
     say(table([(group["task"], found[group["id"]]) for group in groups]))
     if bad := bad_videos(groups, json.loads((folder / _BEGUN).read_text())["excluded"]):
         say(bad)
+    tasks = {group["task"] for group in groups}
+    if absent := [x for x, budget in rules.budget.items() if budget is not None and x not in tasks]:
+        say(f"warning: select.budget names tasks that no item has: {', '.join(absent)}")
     if not rows:
         say("warning: no item is kept: choose rules that keep some before you train")
 

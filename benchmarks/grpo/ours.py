@@ -59,9 +59,9 @@ def settings(workload: Workload, directory: Path) -> Config:
     return Config("-", model, data, rollout=rollout, grpo=GrpoSection(kl=0.0, entropy=0.0))
 
 
-def vocabulary(config: ModelConfig, unusable: int) -> Vocabulary:
+def vocabulary(workload: Workload) -> Vocabulary:
     """All ids but the first ones, none of which ends a completion."""
-    return Vocabulary(np.arange(config.text.vocab) >= unusable, (), PAD)
+    return Vocabulary(np.arange(workload.vocab) >= workload.unusable, (), PAD)
 
 
 def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, Any]]:
@@ -70,7 +70,7 @@ def run(workload: Workload, directory: Path, steps: int) -> Iterator[dict[str, A
     model_config = ModelConfig.load(directory)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     backend = choose_backend(config.model, jax.devices()[0].platform)
-    ids = vocabulary(model_config, workload.unusable)
+    ids = vocabulary(workload)
     policy = make_policy(config.model, model_config, ids, backend, temperature=1.0)
     prompts = [
         put_prompts(mesh, collate([prompt], prompt.size, PAD))

@@ -185,10 +185,12 @@ def test_rules_that_keep_nothing_leave_no_item_and_say_so(
     again = tmp_path / "again"
     shutil.copytree(whole, again)
     config = tiny_run.load_config(place, f"run_dir={again}", *overrides(place))
-    section = dataclasses.replace(config.select, budget=BudgetSection(0, 0, 0))
+    section = dataclasses.replace(config.select, budget=BudgetSection(0, 0, 0, ocr=5))
     select.main(dataclasses.replace(config, select=section))
     assert (again / "selected.jsonl").read_text() == ""
-    assert "warning: no item is kept" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: no item is kept" in said
+    assert "warning: select.budget names tasks that no item has: ocr\n" in said
 
 
 def test_other_samples_need_another_folder(place: Workplace, whole: Path, tmp_path: Path) -> None:
