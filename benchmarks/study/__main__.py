@@ -1,7 +1,7 @@
 """The study: every arm with every seed, then table and curves. docs/study.md: what it found.
 
     python -m benchmarks.study OUT [--minutes M] [--jobs N]     # what is missing, then the report
-    python -m benchmarks.study OUT --report [--json FILE] [--plot FILE]     # of what is there
+    python -m benchmarks.study OUT --report [--json FILE] [--plot FILE] [--page FILE]  # no runs
 
 Runs may be cut short at any moment, by --minutes too: the same command goes on where they ended.
 With several jobs each has a core of its own. It needs the test dependencies (for their films).
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--plot", type=Path, help="where to draw the curves")
+    parser.add_argument("--page", type=Path, help="Markdown whose tables are to be replaced")
     options = parser.parse_args()
     out = options.out.resolve()
     if not options.report:
@@ -198,6 +199,8 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.plot:
         report.plot(found, options.plot)
+    if options.page:
+        report.write_page(found, options.page)
 
 
 if __name__ == "__main__":

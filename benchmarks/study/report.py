@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from benchmarks.study.arms import ARMS, CLAIMS
 
 REPLICATES: Final = 10_000
+BEGIN: Final = "<!-- tables -->\n"
+END: Final = "<!-- end of tables -->\n"
 TESTS: Final = {"eval": "clips like those of training", "spliced": "spliced real films"}
 SCORES: Final = {  # task and component of each
     "mcqa/accuracy": ("mcqa", "choice"),
@@ -168,6 +170,13 @@ def tables(found: dict[str, Any]) -> str:
             lines.append(f"- `{arm}`: {np.mean(drawn['equal']):.1%}")
     lines += ["", f"{found['hours']} hours of one core; {_versions(found)}."]
     return "\n".join(lines)
+
+
+def write_page(found: dict[str, Any], page: Path) -> None:
+    """Puts the tables between the two marks of a Markdown page."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{tables(found)}\n\n{END}{rest.split(END)[1]}")
 
 
 def _row(cells: Sequence[str]) -> str:

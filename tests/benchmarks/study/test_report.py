@@ -11,6 +11,8 @@ import scipy.stats
 
 from benchmarks.study import report
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 def test_with_one_seed_an_interval_is_the_bootstrap_of_the_items() -> None:
     values = np.random.default_rng(0).uniform(size=(1, 200))
@@ -77,3 +79,12 @@ def test_tables_hold_means_differences_and_equal_groups(tmp_path: Path) -> None:
     assert json.loads(json.dumps(found))["seconds"] == {"dual-0 train": 3600.0}
     report.plot(json.loads(json.dumps(found)), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    report.write_page(found, page)
+    assert page.read_text() == f"before\n{report.BEGIN}\n{text}\n\n{report.END}after\n"
+
+
+def test_the_page_shows_the_committed_figures() -> None:
+    found = json.loads((ROOT / "benchmarks" / "study" / "study.json").read_text())
+    assert report.tables(found) in (ROOT / "docs" / "study.md").read_text()
