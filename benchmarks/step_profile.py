@@ -21,8 +21,7 @@ from benchmarks.grpo import ours
 from benchmarks.grpo.workload import WORKLOADS, Workload, write_model
 
 PRODUCTS = ("dot", "ynn_fusion")  # XLA's names of what multiplies matrices
-# Python's lines, and what waits for or holds other operations.
-NO_OPERATION = re.compile(r"\$|np\.|Thunk|Slinky|Pjit|Pyclient|jit|while|cond|call|async")
+HOLDING = ("while", "cond", "call", "async")  # operations that are made of others
 
 
 def traced_step(workload: Workload, directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -34,8 +33,10 @@ def traced_step(workload: Workload, directory: Path) -> tuple[dict[str, Any], li
             next(lines)
         [path] = Path(folder).glob("**/*.trace.json.gz")
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    done = [event for event in events if event.get("ph") == "X"]
-    return known, [event for event in done if not NO_OPERATION.match(event["name"])]
+    done = [
+        event for event in events if event.get("ph") == "X" and "hlo_op" in event.get("args", {})
+    ]
+    return known, [event for event in done if not event["name"].startswith(HOLDING)]
 
 
 def covered(events: Iterable[dict[str, Any]]) -> float:
