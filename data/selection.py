@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 DISCRETE: Final = ("choice", "number")  # components that are 0 or 1
 CONTINUOUS: Final = ("iou", "regression", "ocr", "text")
@@ -64,15 +64,17 @@ class Rules(NamedTuple):
     Attributes:
       right: of a discrete component, the share of right completions lies strictly between these.
       spread: of a continuous component, the standard deviation is at least this, and not 0.
-      share: of a task's items that teach, so large a part is kept, those that spread most.
+      share: of a task's items that teach, so large a part is kept.
       budget: by task, so many of these at most; None: all.
-      seed: orders items that spread alike.
+      order: which these are: those that spread most, or drawn at random.
+      seed: of the draw; also orders items that spread alike.
     """
 
     right: tuple[float, float]
     spread: float
     share: float
     budget: Mapping[str, int | None]
+    order: Literal["spread", "random"]
     seed: int
 
 
@@ -88,7 +90,9 @@ def verdicts(items: Sequence[Sampled], rules: Rules) -> dict[str, str]:
         if found[item.id] == KEPT:
             by_task.setdefault(item.task, []).append(item)
     for task, teaching in by_task.items():
-        teaching.sort(key=lambda item: (-item.spread, _draw(rules.seed, item.id)))
+        teaching.sort(key=lambda item: _draw(rules.seed, item.id))
+        if rules.order == "spread":
+            teaching.sort(key=lambda item: -item.spread)
         share = math.ceil(rules.share * len(teaching))
         budget = rules.budget.get(task)
         for place, item in enumerate(teaching):

@@ -254,7 +254,14 @@ def choose(config: Config, folder: Path) -> None:
     items = [sampled(group) for group in groups if "failed" not in group]
     section = config.select
     low, high = section.right
-    rules = Rules((low, high), section.spread, section.share, section.budget.__dict__, config.seed)
+    rules = Rules(
+        right=(low, high),
+        spread=section.spread,
+        share=section.share,
+        budget=section.budget.__dict__,
+        order=section.order,
+        seed=config.seed,
+    )
     found = verdicts(items, rules) | {g["id"]: "failed" for g in groups if "failed" in g}
     kept = {name for name, verdict in found.items() if verdict == KEPT}
     rows = []
@@ -376,5 +383,5 @@ def closing_words(config: Config) -> str:
     return (
         f"wrote {run}: {COMPLETIONS}, {GROUPS}, {SELECTED}, {PICTURE}\n"
         f"next: jaxgrpo train CONFIG data.keep={run}/{SELECTED}, or other rules: the same command "
-        "with select.spread, select.right, select.share or select.budget, which samples nothing"
+        "with select.spread, right, share, budget or order, which samples nothing"
     )

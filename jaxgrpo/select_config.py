@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jaxgrpo.checks import RESUMABLE, at_least, check
 
 
 @dataclass(frozen=True)
 class BudgetSection:
-    """The most items of a task that are kept, those whose answers spread most; null: all."""
+    """The most items of a task that are kept; null: all."""
 
     mcqa: int | None = None
     tvg: int | None = None
@@ -34,8 +35,10 @@ class SelectSection:
     # Discrete scores: the share of right answers lies strictly between these.
     right: tuple[float, ...] = field(default=(0.0, 1.0), metadata=RESUMABLE)
     spread: float = field(default=0.0, metadata=RESUMABLE)  # continuous ones: least deviation
-    share: float = field(default=1.0, metadata=RESUMABLE)  # of those that teach, the most spread
+    share: float = field(default=1.0, metadata=RESUMABLE)  # of a task's items that teach
     budget: BudgetSection = field(default_factory=BudgetSection, metadata=RESUMABLE)
+    # What share and budget keep: those whose answers spread most, or drawn by seed.
+    order: Literal["spread", "random"] = field(default="spread", metadata=RESUMABLE)
 
     def __post_init__(self) -> None:
         at_least("select", self, samples=2, batch=1, spread=0)

@@ -28,6 +28,7 @@ from typing import NamedTuple
 from benchmarks.study import arms, report
 from benchmarks.study.arms import ARMS, Arm
 from benchmarks.study.footage import write_spliced
+from benchmarks.study.mislabel import mislabelled
 from data.records import Record, read_manifest, write_atomically, write_manifest
 from data.synthetic import SyntheticSpec, write_dataset
 from jaxgrpo.preemption import EXIT_CODE
@@ -36,6 +37,8 @@ from tests.data.clips import real_clips
 CONFIG = "configs/quickstart.yaml"
 TIMES = "times.jsonl"
 PLAIN = "plain.jsonl"  # the pool without its rationales
+NOISY = "noisy.jsonl"  # the same with wrong labels
+ORDERS = {"selected": "spread", "drawn": "random"}  # `select.order` of the items of an arm
 
 
 class Job(NamedTuple):
@@ -72,6 +75,7 @@ def write_data(out: Path) -> None:
     records = read_manifest(train, out / "data")
     plain = [dataclasses.replace(record, rationale=None) for record in records]
     write_manifest(out / "data" / PLAIN, plain)
+    write_manifest(out / "data" / NOISY, mislabelled(plain, arms.WRONG))
     for seed in range(arms.SEEDS):
         for name, count in (("few", arms.FEW), ("random", arms.SUBSET)):
             write_ids(out / "data" / f"{name}-{seed}.jsonl", drawn(records, count, seed))
@@ -99,20 +103,20 @@ def commands(out: Path, job: Job) -> Iterator[list[str]]:
     Each is a `jaxgrpo` command that goes on where it was interrupted, and is quick when done.
     """
     arm, data = job.arm, out / "data"
-    run, selection = out / "runs" / job.name, out / "runs" / f"select-{job.seed}"
+    run, selection = out / "runs" / job.name, out / "runs" / f"select-{job.name}"
     common = [
         *("data.synthetic=null", f"data.root={data}", "data.threads=1"),
         *(f"compilation_cache={out / 'compiled'}", f"seed={job.seed}"),
     ]
-    train = data / ("train.jsonl" if arm.told else PLAIN)
+    train = data / ("train.jsonl" if arm.told else NOISY if arm.noisy else PLAIN)
     pool = [f"data.train={train}", f"data.eval={data / 'eval.jsonl'}"]
-    keep = {
-        "all": [],
-        "gqa": [f"data.keep={data / 'gqa.jsonl'}"],
-        "selected": [f"data.keep={selection / 'selected.jsonl'}"],
-    }.get(arm.items, [f"data.keep={data / arm.items}-{job.seed}.jsonl"])
-    if arm.items == "selected":
-        yield ["select", CONFIG, f"run_dir={selection}", *common, *pool, *arms.SELECT]
+    kept = selection / "selected.jsonl"
+    files = {"gqa": data / "gqa.jsonl", "selected": kept, "drawn": kept}
+    file = files.get(arm.items, data / f"{arm.items}-{job.seed}.jsonl")
+    keep = [] if arm.items == "all" else [f"data.keep={file}"]
+    if order := ORDERS.get(arm.items):
+        rules = [*arms.SELECT, f"select.order={order}"]
+        yield ["select", CONFIG, f"run_dir={selection}", *common, *pool, *rules]
     if arm.command:
         yield [
             *(arm.command, CONFIG, f"run_dir={run}", *common, *pool, *keep),

@@ -34,7 +34,11 @@ SCORES: Final = {  # task and component of each
 }
 PANELS: Final = {  # of the curves: title, arms, score
     "few labels": (("sft-few", "told-few", "grpo-few"), "tvg/mIoU"),
-    "which items": (("all", "random", "selected", "online"), "tvg/mIoU"),
+    "which items": (("all", "random", "selected", "drawn", "online"), "mcqa/accuracy"),
+    "which of bad ones": (
+        ("noisy-all", "noisy-random", "noisy-drawn", "noisy-selected"),
+        "mcqa/accuracy",
+    ),
     "rewards: where": (("choice", "iou", "dual"), "gqa/mIoU"),
     "rewards: what": (("choice", "iou", "dual"), "gqa/accuracy"),
 }
@@ -196,7 +200,7 @@ def _versions(found: dict[str, Any]) -> str:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Held-out scores over the steps: the mean of the seeds, and from the least to the most."""
-    figure = Figure(figsize=(14, 4), layout="constrained")
+    figure = Figure(figsize=(17, 4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, (names, score)) in zip(
         figure.subplots(1, len(PANELS)), PANELS.items(), strict=True

@@ -9,7 +9,7 @@ import pytest
 
 from data.selection import KEPT, VERDICTS, Rules, Sampled, verdicts
 
-ALL = Rules(right=(0.0, 1.0), spread=0.0, share=1.0, budget={}, seed=0)
+ALL = Rules(right=(0.0, 1.0), spread=0.0, share=1.0, budget={}, order="spread", seed=0)
 
 
 def choice(name: str, right: float) -> Sampled:
@@ -68,6 +68,22 @@ def test_share_and_budget_take_what_spreads_most_of_each_task() -> None:
     assert [found[name] for name in order[5:7]] == ["beyond the budget", "beyond the share"]
     assert Counter(found[f"m{i}"] for i in range(6)) == {KEPT: 2, "beyond the share": 4}
     assert set(found.values()) <= set(VERDICTS)
+
+
+def test_share_and_budget_may_draw_from_what_teaches_whatever_its_spread() -> None:
+    """Of 400 items half are kept, as often among those that spread much as among the others."""
+    items = [span(f"t{i}", i / 400) for i in range(401)]  # the first does not spread
+    rules = [ALL._replace(share=0.75, budget={"tvg": 200}, order="random", seed=s) for s in (0, 1)]
+    found, other = (verdicts(items, rule) for rule in rules)
+    kept = [item.spread for item in items if found[item.id] == KEPT]
+    assert Counter(found.values()) == {
+        "too alike": 1,
+        "beyond the share": 100,
+        "beyond the budget": 100,
+        KEPT: 200,
+    }
+    # The mean of 200 of 400 values that are even between 0 and 1 deviates by 0.0145.
+    assert np.mean(kept) == pytest.approx(0.5, abs=0.06) and found != other
 
 
 def test_the_format_has_no_say_and_both_scores_of_an_answer_have() -> None:

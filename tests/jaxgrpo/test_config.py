@@ -195,5 +195,6 @@ def test_only_these_keys_are_resumable() -> None:
             "data.prefetch",
         ),
         *("select.right", "select.spread", "select.share", "select.budget"),
+        "select.order",
         *("train.steps", "train.max_nonfinite_steps", "sft.steps", "reward.constant_steps"),
     }

@@ -25,7 +25,7 @@ def test_every_task_can_have_a_budget() -> None:
 
 def test_rules_may_change_and_samples_may_not() -> None:
     before = make("{}")
-    rules = "{right: [0.1, 0.9], spread: 0.1, share: 0.5, budget: {tvg: 1}}"
+    rules = "{right: [0.1, 0.9], spread: 0.1, share: 0.5, budget: {tvg: 1}, order: random}"
     configs.check_resume(before, make(rules))
     for other in ("{samples: 4}", "{batch: 4}"):
         with pytest.raises(ConfigError, match=r"select\.(samples|batch)"):
@@ -41,6 +41,7 @@ def test_rules_may_change_and_samples_may_not() -> None:
         ("{share: 0}", "select.share is 0.0, expected more than 0 and at most 1"),
         ("{spread: -1}", "select.spread is -1.0, expected 0 or more"),
         ("{budget: {tvg: -1}}", "select.budget.tvg is -1, expected 0 or more"),
+        ("{order: least}", "select.order is the text 'least', expected spread or random"),
         ("{budget: {tgv: 1}}", "did you mean 'tvg'"),
     ],
 )

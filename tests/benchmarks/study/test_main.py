@@ -28,7 +28,8 @@ def test_every_command_is_a_valid_config_and_ends_in_the_evaluation(tmp_path: Pa
     for job in study.jobs():
         names = [command for command, _ in configs(job, tmp_path)]
         expected = [job.arm.command, "eval"] if job.arm.command else ["eval"]
-        assert names == (["select"] if job.arm.items == "selected" else []) + expected
+        selects = job.arm.items in ("selected", "drawn")
+        assert names == (["select"] if selects else []) + expected
 
 
 def test_an_arm_trains_on_its_items_and_is_evaluated_on_both_sets(tmp_path: Path) -> None:
@@ -37,6 +38,16 @@ def test_an_arm_trains_on_its_items_and_is_evaluated_on_both_sets(tmp_path: Path
     assert train.data.keep == f"{selection.run_dir}/selected.jsonl"
     assert train.data.train.endswith("plain.jsonl") and train.train.steps == 160
     assert evaluation.model.path == train.run_dir
+    sets = [manifest.manifest for manifest in evaluation.data.eval_mixture]
+    assert sets == [f"{tmp_path}/data/{name}.jsonl" for name in ("eval", "spliced")]
+
+
+def test_half_of_the_labels_are_wrong_for_selection_and_training_and_none_for_evaluation(
+    tmp_path: Path,
+) -> None:
+    (_, selection), (_, train), (_, evaluation) = configs(arm("noisy-drawn"), tmp_path)
+    assert selection.data.train == train.data.train == f"{tmp_path}/data/noisy.jsonl"
+    assert selection.select.order == "random"
     sets = [manifest.manifest for manifest in evaluation.data.eval_mixture]
     assert sets == [f"{tmp_path}/data/{name}.jsonl" for name in ("eval", "spliced")]
 
