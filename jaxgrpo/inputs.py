@@ -25,7 +25,7 @@ from data.video import Frames, FrameSampling, decode, frame_count
 from jaxgrpo.config import Config, DataSection
 from jaxgrpo.dataset import Dataset, bucket_sizes, make_dataset
 from jaxgrpo.keep import kept_records
-from jaxgrpo.mixture import manifests, open_manifests, shares
+from jaxgrpo.mixture import absent_tasks, manifests, open_manifests, shares
 from models.qwen2_5_vl.processor import Processor, Prompt, Video, collate
 from models.qwen2_5_vl.sizes import PixelLimits, ProcessorError, Size
 
@@ -153,6 +153,8 @@ def measure(
     records = {key: source.records for key, (source, _) in opened.items()}
     if data.keep and train:
         records["data.train"] = kept_records(records["data.train"], data.keep)
+    if train and (absent := absent_tasks(records["data.train"], data)):
+        _say(f"warning: data.task_weights names tasks that no item has: {', '.join(absent)}")
     if config.eval.limit and evaluation:
         records["data.eval"] = records["data.eval"][: config.eval.limit]
 

@@ -72,6 +72,13 @@ def open_manifests(
     )
 
 
+def absent_tasks(records: Sequence[Record], data: DataSection) -> list[str]:
+    """The tasks that `data.task_weights` weighs and none of the questions has."""
+    there = {record.task for record in records}
+    weights = dataclasses.asdict(data.task_weights)
+    return [task for task, weight in weights.items() if weight != 1 and task not in there]
+
+
 class Share(NamedTuple):
     """How much of a dataset some of its questions are."""
 

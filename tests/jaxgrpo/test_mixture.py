@@ -162,6 +162,16 @@ def test_hosts_resumes_and_packed_clips_see_the_same_batches(
             np.testing.assert_array_equal(found, files[step][rows])
 
 
+def test_a_weight_of_a_task_that_no_item_has_is_told(
+    place: Workplace, processor: Processor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = "data.task_weights={tvg: 2, ocr: 3, text: 1}"
+    config = tiny_run.load_config(place, *mixture(place, *parts(place)), weights)
+    prepare(config, processor, train=True, evaluation=True)
+    said = capsys.readouterr().out
+    assert said.count("warning: data.task_weights names tasks that no item has: ocr\n") == 1
+
+
 def test_ids_that_collide_are_told_with_the_mend(place: Workplace, processor: Processor) -> None:
     twice = [parts(place)[0], parts(place)[0]]
     config = tiny_run.load_config(place, *mixture(place, *twice))
