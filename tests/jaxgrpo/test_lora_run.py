@@ -22,6 +22,7 @@ from jaxgrpo.checkpoint import read_part
 from jaxgrpo.config import GrpoSection, MeshSection
 from jaxgrpo.inputs import PromptLoader
 from jaxgrpo.load import load_params, open_processor, open_trained, restore_params, weight_steps
+from jaxgrpo.metrics import COMPLETIONS, read_metrics
 from jaxgrpo.policy import Params
 from jaxgrpo.programs import lower_publish
 from jaxgrpo.sharding import (
@@ -189,6 +190,21 @@ def test_a_run_of_adapters_is_a_model_for_other_commands(
     found_, began = by_name(restore_params(sft)[0]), by_name(restore_params(run_dir)[0])
     changed = {name for name in found_ if not np.array_equal(found_[name], began[name])}
     assert changed and all("layers" in name for name in changed)
+
+
+def test_selection_samples_the_adapters_of_a_run_as_it_does_its_export(
+    place: Workplace, run_dir: Path, tmp_path: Path
+) -> None:
+    exported = tmp_path / "exported"
+    assert cli.main(["export", str(run_dir), str(exported), "dtype=float32"]) == 0
+    said = []
+    for model in (run_dir, exported, TINY):
+        folder = tmp_path / f"select-{model.name}"
+        overrides = [f"model.path={model}", "model.init=checkpoint", "select.samples=2"]
+        tiny_run.run(place, "select", folder, *overrides)
+        rows = read_metrics(folder / COMPLETIONS)
+        said.append([(row["id"], row["completion"]) for row in rows])
+    assert said[0] == said[1] != said[2]
 
 
 @pytest.mark.parametrize("key", ["lora.rank=4", "model.freeze_vision=true"])
