@@ -64,6 +64,7 @@ ARMS: Final = (
     Arm("noisy-random", f"of these, {SUBSET} items drawn at random", items="random", noisy=True),
     Arm("noisy-drawn", f"of these, {SUBSET} items that teach", items="drawn", noisy=True),
     Arm("noisy-selected", f"of these, {SUBSET} that spread most", items="selected", noisy=True),
+    Arm("noisy-online", "all these, drawn by variance", noisy=True, overrides=("data.online={}",)),
     Arm("choice", "GRPO on gqa, format + choice", items="gqa", overrides=("reward.iou=0",)),
     Arm("iou", "GRPO on gqa, format + IoU", items="gqa", overrides=("reward.choice=0",)),
     Arm("dual", "GRPO on gqa, format + choice + IoU", items="gqa"),
@@ -93,5 +94,6 @@ CLAIMS: Final = (
     Claim("items that teach beat random ones", "drawn", "random"),
     Claim("the same where half of the labels are wrong", "noisy-drawn", "noisy-random"),
     Claim("those that spread most do there", "noisy-selected", "noisy-random"),
-    Claim("they do what all items do", "noisy-selected", "noisy-all"),
+    Claim("they beat all items there", "noisy-selected", "noisy-all"),
+    Claim("drawing by variance beats drawing alike there", "noisy-online", "noisy-all"),
 )

@@ -36,8 +36,8 @@ PANELS: Final = {  # of the curves: title, arms, score
     "few labels": (("sft-few", "told-few", "grpo-few"), "tvg/mIoU"),
     "which items": (("all", "random", "selected", "drawn", "online"), "mcqa/accuracy"),
     "which of bad ones": (
-        ("noisy-all", "noisy-random", "noisy-drawn", "noisy-selected"),
-        "mcqa/accuracy",
+        ("noisy-all", "noisy-random", "noisy-drawn", "noisy-selected", "noisy-online"),
+        "tvg/mIoU",
     ),
     "rewards: where": (("choice", "iou", "dual"), "gqa/mIoU"),
     "rewards: what": (("choice", "iou", "dual"), "gqa/accuracy"),
