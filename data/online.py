@@ -2,8 +2,9 @@
 
 Training tells the deviation of each group's rewards; an item's value is a running mean of its own.
 Steps come in rounds. A round's weights are those of the values known one round before it begins,
-so that what is loaded ahead never waits for them, and the plan is a pure function of (seed, step,
-those values): the same for any number of threads, workers and hosts, and after every resume.
+so that loading a little ahead does not wait for them, and the plan is a pure function of (seed,
+step, those values): the same for any number of threads, workers and hosts, and after every resume.
+Who loads further ahead, as many workers do for few rows each, waits.
 
 Weights. Within a stratum (the questions of one manifest and task) an item of value v has the weight
 `floor + (1 - floor) * min(v / mean v, most)`, times what the manifest and the task give it. An item
@@ -20,6 +21,7 @@ and an item of weight w has n P w / sum of w draws, rounded down or up, by syste
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +48,7 @@ _COUNTS: Final = 103
 _COUNT_POINT: Final = 104
 _ORDER: Final = 105
 
+_POLL: Final = 0.01  # seconds
 _ONE: Final = 1 << 32  # weights are counted in units of 2^-32 draws, exact on every machine
 
 
@@ -118,7 +121,7 @@ class OnlinePlan:
 
         Args:
           buckets, prompts, seed, spares, run: see `sampling.StepPlan`.
-          folder: an empty one, for the weights.
+          folder: an empty one, for the weights; when it goes, nobody waits for any.
           round_steps: R, steps of a round.
 
         Raises:
@@ -141,22 +144,24 @@ class OnlinePlan:
         (self._folder / f"{number - 3}.npy").unlink(missing_ok=True)
 
     def weights(self, number: int) -> np.ndarray:
-        """A round's weights f64[items].
+        """A round's weights f64[items]; waits until they are published.
+
+        Training never waits for itself: it asks for the first step of a round when it has told all
+        but the last step of the round before, and the weights were published a round earlier.
 
         Raises:
-          RuntimeError: they are not published yet, or no longer kept.
+          RuntimeError: training has ended, and with it the folder.
         """
         path = self._folder / f"{number}.npy"
-        if not path.exists():
-            raise RuntimeError(
-                f"the weights of round {number} are not there: more steps are loaded ahead than a "
-                f"round has ({self.round_steps})"
-            )
+        while not path.exists():
+            if not self._folder.exists():
+                raise RuntimeError(f"training ended before the weights of round {number} came")
+            time.sleep(_POLL)
         found: np.ndarray = np.load(path, allow_pickle=False)
         return found
 
     def step(self, step: int) -> PlannedStep:
-        """The bucket and the P items of a step, from 0 on; its round's weights are published."""
+        """The bucket and the P items of a step, from 0 on; see `weights`, which may wait."""
         number, i = divmod(step, self.round_steps)
         return _planned(self, number)[i]
 

@@ -103,9 +103,6 @@ class DataSection:
         _above_zero("data", self, "fps", "stage_gib", "shard_mib", "frame_store_gib", "timeout")
         even = self.frames is None or (self.frames > 0 and self.frames % 2 == 0)
         _check("data.frames", self.frames, even, "an even number above 0: pairs enter the model")
-        if self.online is not None:
-            ahead = self.prefetch + 4  # so many batches may be read before one has been rewarded
-            _at_least("data.online", self.online, round=ahead)
         _at_least("data", self, min_frames=2, min_pixels=1, threads=1, workers=0, prefetch=1)
         _at_least("data", self, max_frames=self.min_frames)
         _at_least("data", self, max_pixels=self.min_pixels, total_pixels=self.min_pixels)

@@ -57,7 +57,9 @@ class TaskWeightsSection:
 class OnlineSection:
     """Drawing more of the questions whose groups' rewards disagree; see `data.online`."""
 
-    round: int = 16  # rollouts drawn with the same weights, those known one round before
+    # Rollouts drawn with the same weights, those known one round before; at least as many as are
+    # loaded ahead, or loading waits.
+    round: int = 16
     memory: float = 0.5  # how much of a question's value its newest group is
     floor: float = 0.2  # the share of draws that does not look at values: none starves
     most: float = 5.0  # the largest value that counts, in means of the task's and manifest's

@@ -178,7 +178,7 @@ def main(config: Config) -> None:
         profiler = Profiler(config.profile, run.path)
         seed = put_scalar(mesh, config.seed)
         preemption.defer()
-        with folder, loader:
+        with loader, folder:  # in the end the folder goes first: who waits for weights is released
             following = next(loader, None)
             on_device: Any = put_prompts(mesh, following.prompts) if following else None
             for done in range(run.first_step + 1, config.train.steps + 1):
