@@ -1,10 +1,12 @@
 """The study: every arm with every seed, then table and curves. docs/study.md: what it found.
 
-    python -m benchmarks.study OUT [--minutes M] [--jobs N]     # what is missing, then the report
-    python -m benchmarks.study OUT --report [--json FILE] [--plot FILE] [--page FILE]  # no runs
+    python -m benchmarks.study OUT [--results FILE] [--minutes M] [--jobs N]  # what is missing
+    python -m benchmarks.study OUT --report [--results FILE] [--plot FILE] [--page FILE]  # no runs
 
 Runs may be cut short at any moment, by --minutes too: the same command goes on where they ended.
-With several jobs each has a core of its own. It needs the test dependencies (for their films).
+A finished one adds a line to the results, and is not run again where it has one, in another OUT or
+on another machine either. With several jobs each has a core of its own. It needs the test
+dependencies (for their films).
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ from benchmarks.study import arms, report
 from benchmarks.study.arms import ARMS, Arm
 from benchmarks.study.footage import write_spliced
 from benchmarks.study.mislabel import mislabelled
+from benchmarks.study.results import TIMES, read_results, result_of, write_results
 from data.records import Record, read_manifest, write_atomically, write_manifest
 from data.synthetic import SyntheticSpec, write_dataset
 from jaxgrpo.preemption import EXIT_CODE
 from tests.data.clips import real_clips
 
 CONFIG = "configs/quickstart.yaml"
-TIMES = "times.jsonl"
 PLAIN = "plain.jsonl"  # the pool without its rationales
 NOISY = "noisy.jsonl"  # the same with wrong labels
 ORDERS = {"selected": "spread", "drawn": "random"}  # `select.order` of the items of an arm
@@ -135,21 +137,28 @@ def commands(out: Path, job: Job) -> Iterator[list[str]]:
 class Runner:
     """Runs jobs in processes of their own, each on a core of its own, until the time is up."""
 
-    def __init__(self, out: Path, minutes: float, count: int):
+    def __init__(self, out: Path, results: Path, minutes: float, count: int):
         self.out = out
+        self.results = results
         self.deadline = time.monotonic() + 60 * minutes
         self.cores: SimpleQueue[int] = SimpleQueue()
         for core in sorted(os.sched_getaffinity(0))[:count]:
             self.cores.put(core)
         self.writing = threading.Lock()
 
-    def run(self, job: Job) -> bool:
-        """Whether it is done now; a command that fails is an error."""
+    def run(self, job: Job) -> None:
+        """Ends with a line of results, or when the time is up; a command that fails is an error."""
         core = self.cores.get()
         try:
-            return all(self._command(job, command, core) for command in commands(self.out, job))
+            done = is_done(self.out, job) or all(
+                self._command(job, command, core) for command in commands(self.out, job)
+            )
         finally:
             self.cores.put(core)
+        if done:
+            with self.writing:
+                result = result_of(self.out, job.arm.name, job.seed)
+                write_results(self.results, [*read_results(self.results), result])
 
     def _command(self, job: Job, command: list[str], core: int) -> bool:
         started = time.monotonic()
@@ -184,23 +193,23 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--results", type=Path, help="a line a run; OUT/results.jsonl if not given")
     parser.add_argument("--plot", type=Path, help="where to draw the curves")
     parser.add_argument("--page", type=Path, help="Markdown whose tables are to be replaced")
     options = parser.parse_args()
     out = options.out.resolve()
+    path = options.results or out / "results.jsonl"
     if not options.report:
+        there = {(result.arm, result.seed) for result in read_results(path)}
         write_data(out)
-        runner = Runner(out, options.minutes, options.jobs)
-        missing = [job for job in jobs() if not is_done(out, job)]
+        runner = Runner(out, path, options.minutes, options.jobs)
+        missing = [job for job in jobs() if (job.arm.name, job.seed) not in there]
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(runner.run, missing))
-    there = [job for job in jobs() if is_done(out, job)]
-    print(f"{len(there)} of {len(list(jobs()))} runs are there")
-    found = report.results(out, [(job.arm.name, job.seed) for job in there])
+    results = read_results(path)
+    print(f"{len(results)} of {len(list(jobs()))} runs are there")
+    found = report.figures(results)
     print(report.tables(found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.plot:
         report.plot(found, options.plot)
     if options.page:

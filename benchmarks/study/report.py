@@ -9,10 +9,7 @@ be other ones. Two arms are compared on the same draws, and where both have seed
 from __future__ import annotations
 
 import collections
-import json
-import platform
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,17 +18,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.study.arms import ARMS, CLAIMS
+from benchmarks.study.results import SCORES, Result
 
 REPLICATES: Final = 10_000
 BEGIN: Final = "<!-- tables -->\n"
 END: Final = "<!-- end of tables -->\n"
 TESTS: Final = {"eval": "clips like those of training", "spliced": "spliced real films"}
-SCORES: Final = {  # task and component of each
-    "mcqa/accuracy": ("mcqa", "choice"),
-    "tvg/mIoU": ("tvg", "iou"),
-    "gqa/accuracy": ("gqa", "choice"),
-    "gqa/mIoU": ("gqa", "iou"),
-}
 PANELS: Final = {  # of the curves: title, arms, score
     "few labels": (("sft-few", "told-few", "grpo-few"), "tvg/mIoU"),
     "which items": (("all", "random", "selected", "drawn", "online"), "mcqa/accuracy"),
@@ -44,41 +36,41 @@ PANELS: Final = {  # of the curves: title, arms, score
 }
 
 
-def results(out: Path, runs: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """All figures of the finished runs (arm, seed), as a table for JSON.
+def figures(results: Sequence[Result]) -> dict[str, Any]:
+    """All figures of the finished runs.
 
     An interval is [mean, low, high]; a claim without both arms has none.
     """
-    scored: dict[str, list[dict[tuple[str, str], np.ndarray]]] = collections.defaultdict(list)
-    seeds: dict[str, list[int]] = collections.defaultdict(list)
-    for arm, seed in runs:
-        scored[arm].append(item_scores(out / "eval" / f"{arm}-{seed}" / "predictions.jsonl"))
-        seeds[arm].append(seed)
+    runs: dict[str, dict[int, Result]] = collections.defaultdict(dict)
+    for result in results:
+        runs[result.arm][result.seed] = result
     found: dict[str, Any] = {
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
-        "hours": round(sum(seconds(out).values()) / 3600, 2),
-        "seeds": dict(seeds),
+        "versions": sorted({words for result in results for words in _versions(result)}),
+        "hours": sum(sum(result.seconds.values()) for result in results) / 3600,
+        "seeds": {arm: len(of_arm) for arm, of_arm in runs.items()},
         "scores": {},
         "claims": [],
-        "curves": {arm: curves(out, arm, numbers) for arm, numbers in seeds.items()},
-        "seconds": seconds(out),
+        "curves": {arm: curves(list(of_arm.values())) for arm, of_arm in runs.items()},
+        "equal": {
+            arm: float(np.mean(shares))
+            for arm, of_arm in runs.items()
+            if (shares := [run.equal for run in of_arm.values() if run.equal is not None])
+        },
     }
     for test in TESTS:
-        table = {
-            arm: {score: interval(matrix(rows, test, score)) for score in SCORES}
-            for arm, rows in scored.items()
+        found["scores"][test] = {
+            arm: {score: interval(matrix(of_arm.values(), test, score)) for score in SCORES}
+            for arm, of_arm in runs.items()
         }
-        found["scores"][test] = table
     for claim in CLAIMS:
-        both = sorted(set(seeds[claim.better]) & set(seeds[claim.worse]))
+        both = sorted(runs[claim.better].keys() & runs[claim.worse].keys())
         if not both:
             continue
         for test in TESTS:
             differences = {}
             for score in claim.scores:
                 better, worse = (
-                    matrix([scored[arm][seeds[arm].index(seed)] for seed in both], test, score)
+                    matrix([runs[arm][seed] for seed in both], test, score)
                     for arm in (claim.better, claim.worse)
                 )
                 differences[score] = interval(better - worse)
@@ -86,22 +78,9 @@ def results(out: Path, runs: Sequence[tuple[str, int]]) -> dict[str, Any]:
     return found
 
 
-def item_scores(path: Path) -> dict[tuple[str, str], np.ndarray]:
-    """(test set, score) -> f64[I], items by id, of the predictions of one model."""
-    rows: dict[tuple[str, str], dict[str, float]] = collections.defaultdict(dict)
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        if line:
-            row = json.loads(line)
-            for score, (task, component) in SCORES.items():
-                if row["record"]["task"] == task:
-                    test = row["id"].partition("-")[0]
-                    rows[test, score][row["id"]] = row[f"reward/{component}"]
-    return {key: np.array([found[name] for name in sorted(found)]) for key, found in rows.items()}
-
-
-def matrix(runs: list[dict[tuple[str, str], np.ndarray]], test: str, score: str) -> np.ndarray:
+def matrix(runs: Iterable[Result], test: str, score: str) -> np.ndarray:
     """f64[S, I] of one arm."""
-    return np.stack([run[test, score] for run in runs])
+    return np.array([run.scores[test][score] for run in runs])
 
 
 def interval(values: np.ndarray, replicates: int = REPLICATES) -> list[float]:
@@ -119,35 +98,16 @@ def interval(values: np.ndarray, replicates: int = REPLICATES) -> list[float]:
     return [round(float(x), 4) for x in (values.mean(), *np.quantile(means, (0.025, 0.975)))]
 
 
-def seconds(out: Path) -> dict[str, float]:
-    """Of one core, by job and command, all its parts together."""
-    spent: dict[str, float] = collections.defaultdict(float)
-    path = out / "times.jsonl"
-    for line in path.read_text().split("\n") if path.is_file() else ():
-        if line:
-            row = json.loads(line)
-            spent[f"{row['job']} {row['command']}"] += row["seconds"]
-    return {name: round(value, 1) for name, value in spent.items()}
-
-
-def curves(out: Path, arm: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """Held-out scores and the share of equal groups over the steps: a row per seed."""
-    by_step: dict[int, dict[str, list[float]]] = collections.defaultdict(
+def curves(runs: Sequence[Result]) -> dict[int, dict[str, list[float]]]:
+    """Held-out scores over the steps, one of each run of an arm."""
+    found: dict[int, dict[str, list[float]]] = collections.defaultdict(
         lambda: collections.defaultdict(list)
     )
-    equal: list[float] = []
-    for seed in seeds:
-        path = out / "runs" / f"{arm}-{seed}" / "metrics.jsonl"
-        lines = path.read_text().split("\n") if path.is_file() else ()
-        rows = [json.loads(line) for line in lines if line]
-        for row in rows:
-            if row["split"] == "eval":
-                for score in SCORES:
-                    by_step[row["step"]][score].append(round(row[score], 4))
-        shares = [row["groups/zero_variance"] for row in rows if "groups/zero_variance" in row]
-        if shares:
-            equal.append(round(float(np.mean(shares)), 4))
-    return {"steps": {step: dict(by_step[step]) for step in sorted(by_step)}, "equal": equal}
+    for run in runs:
+        for step, values in run.curves.items():
+            for score, value in values.items():
+                found[int(step)][score].append(value)
+    return {step: dict(found[step]) for step in sorted(found)}
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -158,7 +118,7 @@ def tables(found: dict[str, Any]) -> str:
         lines += [f"**Scores on {title}**", "", _row(["arm", "seeds", *SCORES])]
         lines.append(_row(["---"] * (2 + len(SCORES))))
         for arm, scores in found["scores"][test].items():
-            cells = [f"`{arm}`: {words[arm]}", str(len(found["seeds"][arm]))]
+            cells = [f"`{arm}`: {words[arm]}", str(found["seeds"][arm])]
             lines.append(_row([*cells, *(_shown(scores[score]) for score in SCORES)]))
         lines.append("")
     lines += ["**Differences**, better - worse", "", _row(["claim", "arms", "test", *SCORES])]
@@ -169,10 +129,8 @@ def tables(found: dict[str, Any]) -> str:
         cells += [_shown(differences[x], sign=True) if x in differences else "" for x in SCORES]
         lines.append(_row(cells))
     lines += ["", "**Groups whose rewards are all equal**, mean of all steps", ""]
-    for arm, drawn in found["curves"].items():
-        if drawn["equal"]:
-            lines.append(f"- `{arm}`: {np.mean(drawn['equal']):.1%}")
-    lines += ["", f"{found['hours']} hours of one core; {_versions(found)}."]
+    lines += [f"- `{arm}`: {share:.1%}" for arm, share in found["equal"].items()]
+    lines += ["", f"{found['hours']:.1f} hours of one core; {', '.join(found['versions'])}."]
     return "\n".join(lines)
 
 
@@ -194,8 +152,8 @@ def _shown(values: Sequence[float], sign: bool = False) -> str:
     return f"**{text}**" if sign and (values[1] > 0 or values[2] < 0) else text
 
 
-def _versions(found: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+def _versions(result: Result) -> Iterable[str]:
+    return (f"{name} {number}" for name, number in result.versions.items())
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -206,8 +164,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
         figure.subplots(1, len(PANELS)), PANELS.items(), strict=True
     ):
         for name in names:
-            steps = found["curves"].get(name, {"steps": {}})["steps"]
-            points = sorted((int(step), values[score]) for step, values in steps.items())
+            steps = found["curves"].get(name, {})
+            points = [(step, values[score]) for step, values in steps.items()]
             if points:
                 x = [step for step, _ in points]
                 axes.plot(x, [np.mean(values) for _, values in points], label=name)

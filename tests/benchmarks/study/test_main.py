@@ -10,8 +10,10 @@ import pytest
 
 from benchmarks.study import __main__ as study
 from benchmarks.study import arms
+from benchmarks.study.results import read_results, result_of
 from data.records import Record
 from jaxgrpo.config import Config, load
+from tests.benchmarks.study.test_results import write_run
 
 
 def configs(job: study.Job, out: Path) -> Iterator[tuple[str, Config]]:
@@ -87,13 +89,33 @@ def test_predictions_that_a_kill_cut_short_are_not_done(tmp_path: Path) -> None:
 
 
 def test_when_the_time_is_up_nothing_begins(tmp_path: Path) -> None:
-    assert not study.Runner(tmp_path, minutes=-1, count=1).run(arm("dual"))
+    study.Runner(tmp_path, tmp_path / "results.jsonl", minutes=-1, count=1).run(arm("dual"))
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_finished_run_adds_its_line_and_one_that_has_a_line_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.jsonl"
+    write_run(tmp_path, "dual-3")
+    monkeypatch.setattr(study, "is_done", lambda out, job: True)
+    study.Runner(tmp_path, path, minutes=-1, count=1).run(arm("dual"))
+    assert read_results(path) == [result_of(tmp_path, "dual", 3)]
+
+    ran: list[str] = []
+    monkeypatch.setattr(study, "write_data", lambda out: None)
+    monkeypatch.setattr(study.Runner, "run", lambda self, job: ran.append(job.name))
+    monkeypatch.setattr("sys.argv", ["study", str(tmp_path)])
+    study.main()
+    assert ran == [job.name for job in study.jobs() if job.name != "dual-3"]
+    assert f"1 of {len(ran) + 1} runs are there" in capsys.readouterr().out
+
+
 def test_a_command_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
+    runner = study.Runner(tmp_path, tmp_path / "results.jsonl", minutes=1, count=1)
     with pytest.raises(SystemExit, match="dual-3: jaxgrpo train failed: see .*dual-3-train.log"):
-        study.Runner(tmp_path, minutes=1, count=1).run(arm("dual"))
+        runner.run(arm("dual"))
     assert "expected a JSONL manifest" in (tmp_path / "logs" / "dual-3-train.log").read_text()
-    line = json.loads((tmp_path / study.TIMES).read_text())
+    line = json.loads((tmp_path / "times.jsonl").read_text())
     assert line["job"] == "dual-3" and line["code"] == 2
+    assert not runner.results.exists()
