@@ -55,6 +55,9 @@ ARMS: Final = (
     Arm("told-few", "SFT, the same with reasoning", command="sft", items="few", told=True),
     Arm("grpo-few", f"GRPO, the same {FEW} items", items="few"),
     Arm("sft-all", "SFT, all 2,400 items", command="sft"),
+    Arm("choice", "GRPO on gqa, format + choice", items="gqa", overrides=("reward.iou=0",)),
+    Arm("iou", "GRPO on gqa, format + IoU", items="gqa", overrides=("reward.choice=0",)),
+    Arm("dual", "GRPO on gqa, format + choice + IoU", items="gqa"),
     Arm("all", "GRPO, all 2,400 items"),
     Arm("random", f"GRPO, {SUBSET} items drawn at random", items="random"),
     Arm("selected", f"GRPO, {SUBSET} items chosen by variance", items="selected"),
@@ -65,9 +68,6 @@ ARMS: Final = (
     Arm("noisy-drawn", f"of these, {SUBSET} items that teach", items="drawn", noisy=True),
     Arm("noisy-selected", f"of these, {SUBSET} that spread most", items="selected", noisy=True),
     Arm("noisy-online", "all these, drawn by variance", noisy=True, overrides=("data.online={}",)),
-    Arm("choice", "GRPO on gqa, format + choice", items="gqa", overrides=("reward.iou=0",)),
-    Arm("iou", "GRPO on gqa, format + IoU", items="gqa", overrides=("reward.choice=0",)),
-    Arm("dual", "GRPO on gqa, format + choice + IoU", items="gqa"),
 )
 
 
