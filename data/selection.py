@@ -45,6 +45,11 @@ class Sampled(NamedTuple):
     stds: dict[str, float]
 
     @property
+    def discrete(self) -> list[str]:
+        """The components of its answer that are right or wrong."""
+        return [name for name in DISCRETE if name in self.stds]
+
+    @property
     def continuous(self) -> list[str]:
         """The components of its answer that are more or less right."""
         temporal = TEMPORAL in self.stds
@@ -54,8 +59,7 @@ class Sampled(NamedTuple):
     @property
     def spread(self) -> float:
         """Sum of the standard deviations of its answer's components."""
-        discrete = [name for name in DISCRETE if name in self.stds]
-        return sum(self.stds[name] for name in [*discrete, *self.continuous])
+        return sum(self.stds[name] for name in [*self.discrete, *self.continuous])
 
 
 class Rules(NamedTuple):
@@ -107,12 +111,11 @@ def _alone(item: Sampled, rules: Rules) -> str:
     """The verdict that does not look at other items."""
     low, high = rules.right
     verdict = "too alike"
-    for name in DISCRETE:
-        if name in item.means:
-            right = item.means[name]
-            if low < right < high:
-                return KEPT
-            verdict = "always wrong" if right <= low else "always right"
+    for name in item.discrete:
+        right = item.means[name]
+        if low < right < high:
+            return KEPT
+        verdict = "always wrong" if right <= low else "always right"
     for name in item.continuous:
         if item.stds[name] >= rules.spread and item.stds[name] > 0:
             return KEPT

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from data.selection import CONTINUOUS, DISCRETE, KEPT, Sampled
+from data.selection import KEPT, Sampled
 
 _BINS = 20
 
@@ -23,14 +23,13 @@ def panels(items: Sequence[Sampled]) -> list[tuple[str, str, list[tuple[str, flo
     found = []
     for task in sorted({item.task for item in items}):
         mine = [item for item in items if item.task == task]
-        for name in (*DISCRETE, *CONTINUOUS):
-            if name not in mine[0].means:
-                continue
-            words = f"share with the right {name}" if name in DISCRETE else f"mean {name}"
-            found.append((task, words, [(item.id, item.means[name]) for item in mine]))
-            if name in CONTINUOUS:
-                spread = [(item.id, item.stds[name]) for item in mine]
-                found.append((task, f"deviation of {name}", spread))
+        for name in mine[0].discrete:
+            shares = [(item.id, item.means[name]) for item in mine]
+            found.append((task, f"share with the right {name}", shares))
+        for name in mine[0].continuous:
+            found.append((task, f"mean {name}", [(item.id, item.means[name]) for item in mine]))
+            spread = [(item.id, item.stds[name]) for item in mine]
+            found.append((task, f"deviation of {name}", spread))
     return found
 
 
@@ -48,9 +47,10 @@ def plot_difficulty(items: Sequence[Sampled], verdicts: Mapping[str, str], path:
         for name, value in values:
             split[verdicts[name] == KEPT].append(value)
         most = top or max(max(value for _, value in values), 0.1)
+        least = min(0.0, min(value for _, value in values))
         axes.hist(
             split[::-1],
-            bins=list(np.linspace(0, most, _BINS + 1)),
+            bins=list(np.linspace(least, most, _BINS + 1)),
             stacked=True,
             label=(f"kept ({len(split[1])})", f"left out ({len(split[0])})"),
             color=("tab:green", "lightgrey"),

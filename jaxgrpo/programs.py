@@ -211,10 +211,11 @@ def update_program(
         gradients, metrics, logp = grpo_gradients(
             policy, state.params, frozen, batch, config.grpo, config.optim.accumulate, length
         )
+        first = batch.old_logp is None
         state, step_metrics = apply_gradients(
-            state, gradients, metrics["loss"], optimizer, config.optim.clip_norm
+            state, gradients, metrics["loss"], optimizer, config.optim.clip_norm, first=first
         )
-        others_follow = config.grpo.updates > 1 and batch.old_logp is None
+        others_follow = config.grpo.updates > 1 and first
         return state, metrics | step_metrics, logp if others_follow else None
 
     replicated = NamedSharding(mesh, PartitionSpec())

@@ -27,7 +27,16 @@ import numpy as np
 
 from data.records import Record, write_atomically
 from data.sampling import OnePass
-from data.selection import KEPT, VERDICTS, Rules, Sampled, verdicts
+from data.selection import (
+    CONTINUOUS,
+    DISCRETE,
+    KEPT,
+    TEMPORAL,
+    VERDICTS,
+    Rules,
+    Sampled,
+    verdicts,
+)
 from jaxgrpo import config as configs
 from jaxgrpo import evaluate
 from jaxgrpo.config import Config, ConfigError
@@ -58,6 +67,7 @@ from jaxgrpo.programs import (
     score_program,
     truth_shapes,
 )
+from jaxgrpo.reward_config import RewardSection
 from jaxgrpo.rollout import Sampling
 from jaxgrpo.run_dir import CONFIG
 from jaxgrpo.scoring import agreed, group_line, open_reward
@@ -251,7 +261,7 @@ def answer_of(text: str, config: Config, record: Record) -> dict[str, Any]:
 def choose(config: Config, folder: Path) -> None:
     """Writes the items that the rules keep, the picture, and a table for the user."""
     groups = read_metrics(folder / GROUPS)
-    items = [sampled(group) for group in groups if "failed" not in group]
+    items = [sampled(g, config.reward) for g in groups if "failed" not in g]
     section = config.select
     low, high = section.right
     rules = Rules(
@@ -295,13 +305,13 @@ def bad_videos(groups: Sequence[Mapping[str, Any]], excluded: Mapping[str, str])
     return "\n".join([title, *(f"  {line}" for line in lines)])
 
 
-def sampled(group: dict[str, Any]) -> Sampled:
-    """An item's line of groups.jsonl."""
-
-    def of(prefix: str) -> dict[str, float]:
-        return {k.removeprefix(prefix): v for k, v in group.items() if k.startswith(prefix)}
-
-    return Sampled(group["id"], group["task"], of("mean/"), of("std/"))
+def sampled(group: Mapping[str, Any], reward: RewardSection) -> Sampled:
+    """An item's line of groups.jsonl, with the scores of its answer that count for training."""
+    weights = {name: reward.__dict__[name] for name in (*DISCRETE, *CONTINUOUS)}
+    weights[TEMPORAL] = reward.iou
+    names = [name for name, weight in weights.items() if weight and f"std/{name}" in group]
+    means, stds = ({name: group[f"{of}/{name}"] for name in names} for of in ("mean", "std"))
+    return Sampled(group["id"], group["task"], means, stds)
 
 
 def table(found: list[tuple[str, str]]) -> str:

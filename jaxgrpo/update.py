@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
 
     params: Params  # the trained weights, float32
     opt_state: optax.OptState
-    skipped: Array  # int32[]: non-finite steps in a row
+    skipped: Array  # int32[]: steps in a row with a non-finite update
 
 
 class UpdateBatch(NamedTuple):
@@ -243,8 +243,13 @@ def apply_gradients(
     loss: Array,
     optimizer: optax.GradientTransformation,
     clip_norm: float,
+    *,
+    first: bool = True,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Clips by the global norm and steps; a non-finite loss or gradient changes no weight.
+
+    Args:
+      first: of the updates of its step. `skipped` counts steps: three bad updates of one are one.
 
     Returns:
       the new state and scalars: grad_norm (before clipping), skipped_in_a_row (0 if it stepped).
@@ -258,7 +263,10 @@ def apply_gradients(
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), stepped, (state.params, state.opt_state)
     )
-    skipped = jnp.where(finite, 0, state.skipped + 1)
+    if first:
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+    else:
+        skipped = jnp.where(finite, state.skipped, jnp.maximum(state.skipped, 1))
     metrics = {"grad_norm": norm, "skipped_in_a_row": skipped}
     return TrainState(params, opt_state, skipped), metrics
 

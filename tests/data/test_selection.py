@@ -87,8 +87,8 @@ def test_share_and_budget_may_draw_from_what_teaches_whatever_its_spread() -> No
 
 
 def test_the_format_has_no_say_and_both_scores_of_an_answer_have() -> None:
-    broken = Sampled("a", "gqa", {}, {"format": 0.5, "choice": 0.0, "iou": 0.2})
-    fine = Sampled("b", "gqa", {}, {"format": 0.0, "choice": 0.1, "iou": 0.2})
+    broken = Sampled("a", "gqa", {"choice": 1.0}, {"format": 0.5, "choice": 0.0, "iou": 0.2})
+    fine = Sampled("b", "gqa", {"choice": 0.9}, {"format": 0.0, "choice": 0.1, "iou": 0.2})
     other = Sampled("c", "gqa", {}, {"format": 0.0, "iou": 0.9, "temporal": 0.25})
     assert [item.spread for item in (broken, fine, other)] == pytest.approx([0.2, 0.3, 0.25])
     found = verdicts([broken, fine, other], ALL._replace(budget={"gqa": 1}))

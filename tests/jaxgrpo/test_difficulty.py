@@ -29,6 +29,14 @@ def test_a_discrete_score_has_a_panel_and_a_continuous_one_two() -> None:
     ]
 
 
+def test_a_temporal_score_in_the_place_of_the_iou_has_its_panels() -> None:
+    both = {"iou": 0.4, "temporal": -0.2}
+    assert panels([Sampled("c", "tvg", both, {"iou": 0.2, "temporal": 0.1})]) == [
+        ("tvg", "mean temporal", [("c", -0.2)]),
+        ("tvg", "deviation of temporal", [("c", 0.1)]),
+    ]
+
+
 @pytest.mark.parametrize("items", [ITEMS, ITEMS[:1], []])
 def test_the_picture_can_be_read(items: list[Sampled], tmp_path: Path) -> None:
     path = tmp_path / "difficulty.png"

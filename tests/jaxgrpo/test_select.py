@@ -19,6 +19,7 @@ from jaxgrpo.config import ConfigError
 from jaxgrpo.inputs import measure
 from jaxgrpo.load import open_processor
 from jaxgrpo.metrics import CompileCounter
+from jaxgrpo.reward_config import RewardSection
 from jaxgrpo.select_config import BudgetSection
 from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import Workplace
@@ -125,17 +126,22 @@ def test_a_run_killed_at_any_point_ends_as_one_left_alone(place: Workplace, whol
 def test_a_process_killed_again_and_again_ends_as_one_left_alone(
     place: Workplace, whole: Path
 ) -> None:
-    """By SIGKILL, when its first batch or its last is being written down."""
+    """By SIGKILL: at random moments, when a batch is being written down, when the rules begin."""
     killed = place.folder / "select_shot"
     arguments = [str(place.config), f"run_dir={killed}", tiny_run.remembering(place)]
-    for batches in (1, len(lines(whole / "metrics.jsonl")) - 2):
+    rng = np.random.default_rng()
+    last = len(lines(whole / "metrics.jsonl"))
+    codes = []
+    for batches in (0, 0, 1, last - 2, last):
         process = tiny_run.start("select", *arguments, *overrides(place))
+        if not batches:
+            time.sleep(rng.uniform(1, 10))
         while process.poll() is None and count_of(killed / "metrics.jsonl") < batches:
             time.sleep(0.002)
         process.kill()
         tiny_run.wait(process)
-    assert process.returncode == -signal.SIGKILL
-    assert not (killed / "selected.jsonl").exists()
+        codes.append(process.returncode)
+    assert codes[2:4] == [-signal.SIGKILL] * 2
     tiny_run.run(place, "select", killed, *overrides(place))
     for name in FILES:
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
@@ -150,9 +156,12 @@ def test_two_processes_select_as_one(place: Workplace, whole: Path) -> None:
     tiny_run.run_processes(place, 2, shared, *overrides(place), command="select")
     for name in FILES:
         found, expected = lines(shared / name), lines(whole / name)
-        assert [(x["id"], x.get("completion")) for x in found] == [
-            (x["id"], x.get("completion")) for x in expected
-        ]
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine.keys() == theirs.keys()
+            for key, value in theirs.items():
+                if isinstance(value, float):
+                    value = pytest.approx(value, abs=1e-6)
+                assert mine[key] == value, (name, theirs["id"], key)
 
 
 def test_other_rules_need_no_model(
@@ -177,6 +186,19 @@ def test_other_rules_need_no_model(
     assert "  notes: unreadable: " in out and "  cut: truncated: " in out
     for name in ("completions.jsonl", "groups.jsonl"):
         assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_scores_without_a_weight_have_no_say() -> None:
+    group = {"id": "a", "task": "gqa", "mean": 0.5, "std": 0.1}
+    for name, mean, std in (("format", 1, 0.5), ("choice", 1, 0), ("iou", 0.5, 0.1)):
+        group |= {f"mean/{name}": mean, f"std/{name}": std}
+    both = select.sampled(group, RewardSection())
+    assert (both.means, both.stds) == ({"choice": 1, "iou": 0.5}, {"choice": 0, "iou": 0.1})
+    assert select.sampled(group, RewardSection(iou=0.0)).stds == {"choice": 0}
+    assert select.sampled(group, RewardSection(choice=0.0)).stds == {"iou": 0.1}
+    other = group | {"mean/temporal": 0.3, "std/temporal": 0.2}
+    assert select.sampled(other, RewardSection()).continuous == ["temporal"]
+    assert not select.sampled(other, RewardSection(iou=0.0)).continuous
 
 
 def test_rules_that_keep_nothing_leave_no_item_and_say_so(

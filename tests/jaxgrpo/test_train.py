@@ -176,7 +176,7 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
 
 
 REFILLED = (
-    *("rollout.refills=2", "data.online.round=6", "eval.every=0", "eval.limit=2", "grpo.kl=0"),
+    *("rollout.refills=2", "data.online.round=2", "eval.every=0", "eval.limit=2", "grpo.kl=0"),
     *("grpo.updates=2", "grpo.dual_clip=3", "grpo.importance_cap=2", "grpo.mask_truncated=true"),
     "log.samples=-1",
 )
@@ -197,7 +197,7 @@ def test_a_run_with_every_knob_is_the_same_killed_and_on_two_processes(place: Wo
     of_step = collections.Counter(group["step"] for group in groups)
     lines = tiny_run.lines(whole, "train")
     assert [line["groups/sampled"] for line in lines] == [of_step[line["step"]] for line in lines]
-    assert len(of_batch) > STEPS
+    assert len(of_batch) > max(STEPS, 4 * 2)  # several rounds follow what was seen
     for line in lines:
         mine = [group for group in groups if group["step"] == line["step"]]
         equal = sum(group["std"] == 0 for group in mine)

@@ -537,6 +537,30 @@ def test_a_non_finite_step_changes_no_bit(bad_gradient: float, bad_loss: float) 
     np.testing.assert_array_equal(resumed.params["matrix"], expected.params["matrix"])
 
 
+@pytest.mark.parametrize(
+    ("updates", "counts"),
+    [
+        ("bbb bbb bbb", [1, 1, 1, 2, 2, 2, 3, 3, 3]),  # three steps, not nine
+        ("bgg bgg ggg", [1, 1, 1, 2, 2, 2, 0, 0, 0]),  # one bad update is enough
+        ("ggb ggg gbb", [0, 0, 1, 0, 0, 0, 0, 1, 1]),
+    ],
+)
+def test_bad_updates_of_one_step_count_as_one_step(updates: str, counts: list[int]) -> None:
+    """b: bad, g: good; three updates a step."""
+    optimizer = make_optimizer(OPTIM, 5, 3)
+    state = init_state(random_tree(0, 0.5), optimizer)
+    found = []
+    for step in updates.split():
+        for number, kind in enumerate(step):
+            loss = jnp.float32(np.nan if kind == "b" else 0.1)
+            gradient = random_tree(1, 1.0)
+            state, metrics = apply_gradients(
+                state, gradient, loss, optimizer, OPTIM.clip_norm, first=number == 0
+            )
+            found.append(int(metrics["skipped_in_a_row"]))
+    assert found == counts
+
+
 def test_the_layouts_are_ragged() -> None:
     """At least one video has windows that are not whole, and one prompt has two videos."""
     media = [[part for part in layout if isinstance(part, Grid)] for layout in LAYOUTS]
