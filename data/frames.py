@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from data.npy import load_array
 from data.staging import Pins
 from data.storage import Identity, digest
 from data.video import Frames
@@ -111,8 +112,6 @@ def _pack(frames: Frames) -> bytes:
 
 def _unpack(data: bytes) -> Frames:
     packed = io.BytesIO(data)
-    frames, times, seconds_per_frame, decoded_hw = (
-        np.load(packed, allow_pickle=False) for _ in Frames._fields
-    )
+    frames, times, seconds_per_frame, decoded_hw = (load_array(packed) for _ in Frames._fields)
     height, width = decoded_hw.tolist()
     return Frames(frames, times, float(seconds_per_frame), (height, width))

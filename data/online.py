@@ -29,6 +29,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from data.npy import load_array
 from data.sampling import (
     PlannedStep,
     check_plan,
@@ -157,8 +158,7 @@ class OnlinePlan:
             if not self._folder.exists():
                 raise RuntimeError(f"training ended before the weights of round {number} came")
             time.sleep(_POLL)
-        found: np.ndarray = np.load(path, allow_pickle=False)
-        return found
+        return load_array(path)
 
     def step(self, step: int) -> PlannedStep:
         """The bucket and the P items of a step, from 0 on; see `weights`, which may wait."""
