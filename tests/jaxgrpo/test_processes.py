@@ -25,7 +25,7 @@ from tests.jaxgrpo import tiny_run
 from tests.jaxgrpo.tiny_run import STEPS, Workplace
 
 CLOSE = 1e-5
-CLOSE_STATE = 3e-5  # of each array's norm: the sums of gradients of 1e-8 round by the processor
+CLOSE_MOMENT = 2e-5  # AdamW's, as gradients of other meshes: how their sums round is the machine's
 END_WITHIN = 60.0  # seconds, with the heartbeat timeout of `tiny_run`
 
 
@@ -257,7 +257,8 @@ def assert_equals_one_process(run_dir: Path, reference: Path) -> None:
     assert state.keys() == other_state.keys()
     for name, array in other_state.items():
         difference = np.linalg.norm((state[name] - array).ravel())
-        assert difference <= CLOSE_STATE * np.linalg.norm(array.ravel()), name
+        close = CLOSE_MOMENT if name.startswith("['opt_state']") else CLOSE
+        assert difference <= close * np.linalg.norm(array.ravel()), name
 
 
 def test_two_processes_of_which_0_is_killed_go_on_when_restarted_and_equal_one(
